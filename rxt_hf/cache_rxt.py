@@ -1,0 +1,453 @@
+# Copyright 2026 the rxt_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The Short-Term Memory of an RxT model between two turns, as a value, and its file."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import reprlib
+import shutil
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from torch.utils import _pytree
+
+try:
+    import fcntl
+except ImportError:  # Windows: concurrent saves to one path are not serialised there
+    fcntl = None
+
+
+FORMAT = "rxt_hf.STMCache"
+FORMAT_VERSION = "1"
+# A real header has about 400 bytes. The limit also bounds the depth and the time of the JSON parser.
+MAX_HEADER_BYTES = 4096
+FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DIMENSIONS = "(batch_size, num_memory_layers, num_memory_slots, hidden_size)"
+
+
+class StateError(ValueError):
+    """A memory state that cannot be saved, or a state file that is refused."""
+
+
+class STMCache:
+    r"""
+    The Short-Term Memory of a batch of conversations between two turns. It is a value: every method gives a new object
+    and leaves this one unchanged. Only `fork`, `select`, `cat` and `repeat` promise storage of their own.
+
+    Args:
+        states (`torch.Tensor` of shape `(batch_size, num_memory_layers, num_memory_slots, hidden_size)`):
+            The memory; a floating-point tensor.
+        turns (`torch.LongTensor` of shape `(batch_size,)`, `list[int]` or `int`, *optional*, defaults to zeros):
+            The number of interactions written into each row. It is kept on the device of `states`.
+        fingerprint (`str`, *optional*):
+            Identifies the model and tokenizer that wrote the memory.
+
+    Raises:
+        `ValueError`: if `states` or `turns` has another shape or kind of number.
+        `TypeError`: if `states` is no tensor or `fingerprint` is no string.
+    """
+
+    def __init__(
+        self,
+        states: torch.Tensor,
+        turns: torch.Tensor | Sequence[int] | int | None = None,
+        fingerprint: str | None = None,
+    ):
+        if not isinstance(states, torch.Tensor):
+            raise TypeError(f"states must be a tensor of shape {DIMENSIONS}, got {type(states).__name__}.")
+        if states.dim() != 4 or not states.is_floating_point():
+            raise ValueError(
+                f"states must be a floating-point tensor of shape {DIMENSIONS}, "
+                f"got {states.dtype} of shape {tuple(states.shape)}."
+            )
+        if not (fingerprint is None or isinstance(fingerprint, str)):
+            raise TypeError(f"fingerprint must be a str or None, got {type(fingerprint).__name__}.")
+        self.states = states
+        self.turns = _as_turns(turns, states)
+        self.fingerprint = fingerprint
+
+    @property
+    def batch_size(self) -> int:
+        return self.states.shape[0]
+
+    @property
+    def num_memory_layers(self) -> int:
+        return self.states.shape[1]
+
+    @property
+    def num_memory_slots(self) -> int:
+        return self.states.shape[2]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.states.shape[3]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.states.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.states.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of `states`; the same after every turn."""
+        return self.states.numel() * self.states.element_size()
+
+    def __len__(self) -> int:
+        return self.batch_size
+
+    def __repr__(self) -> str:
+        shape = f"{tuple(self.states.shape)}, dtype={self.dtype}, device={str(self.device)!r}"
+        return f"STMCache(shape={shape}, fingerprint={reprlib.repr(self.fingerprint)})"
+
+    def __deepcopy__(self, memo: dict) -> "STMCache":
+        # torch refuses to deep-copy a tensor that is part of a graph; a clone stays in it.
+        return self.fork()
+
+    def fork(self) -> "STMCache":
+        """An independent copy with storage of its own; gradients flow through it."""
+        return self.replace(self.states.clone(), self.turns.clone())
+
+    def select(self, rows: int | slice | Sequence[int] | Sequence[bool] | torch.Tensor) -> "STMCache":
+        """A copy of the given rows, in the given order. A single `int` gives a batch of one."""
+        if isinstance(rows, torch.Tensor):
+            rows = rows.to(self.device)
+        elif not isinstance(rows, (int, slice)):
+            rows = list(rows)
+        index = torch.arange(self.batch_size, device=self.device)[rows].reshape(-1)
+        return self.replace(self.states[index], self.turns[index])
+
+    @classmethod
+    def cat(cls, caches: Sequence["STMCache"]) -> "STMCache":
+        """
+        The rows of several memories as one batch.
+
+        Raises:
+            `ValueError`: if there are none, or if they differ in layers, slots, width, dtype or fingerprint.
+        """
+        caches = list(caches)
+        if not caches:
+            raise ValueError("STMCache.cat needs at least one STMCache, got an empty list.")
+        first = caches[0]
+        for cache in caches[1:]:
+            for name, found, expected in (
+                ("(layers, slots, hidden_size)", tuple(cache.states.shape[1:]), tuple(first.states.shape[1:])),
+                ("dtype", cache.dtype, first.dtype),
+                ("fingerprint", cache.fingerprint, first.fingerprint),
+            ):
+                if found != expected:
+                    raise ValueError(f"STMCache.cat needs equal {name}, got {expected} and {found}.")
+        return first.replace(torch.cat([c.states for c in caches]), torch.cat([c.turns for c in caches]))
+
+    def repeat(self, n: int) -> "STMCache":
+        """Each row `n` times in a row, as `torch.repeat_interleave` does: the layout of `num_return_sequences`."""
+        if n < 1:
+            raise ValueError(f"STMCache.repeat needs n >= 1, got {n}.")
+        return self.replace(self.states.repeat_interleave(n, dim=0), self.turns.repeat_interleave(n, dim=0))
+
+    def to(self, *args: Any, **kwargs: Any) -> "STMCache":
+        """Moves or casts the states with the arguments of `torch.Tensor.to`; `turns` follow the device only."""
+        return self.replace(self.states.to(*args, **kwargs))
+
+    def detach(self) -> "STMCache":
+        """The same numbers, cut off from the graph."""
+        return self.replace(self.states.detach())
+
+    def replace(self, states: torch.Tensor, turns: torch.Tensor | Sequence[int] | int | None = None) -> "STMCache":
+        """The memory with other states, and other turns if given; the fingerprint stays."""
+        return STMCache(states, self.turns if turns is None else turns, self.fingerprint)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """
+        Writes one safetensors file. Whatever interrupts it (an error, a full disk, a killed process), `path` holds
+        either the former file or the new one, complete. What a killed save left behind goes with the next save.
+
+        Raises:
+            `StateError`: if the states are empty, not finite, or neither float32, float16 nor bfloat16.
+        """
+        states, turns = self.states.detach().cpu(), self.turns.cpu()
+        names = {dtype: name for name, dtype in FILE_DTYPES.items()}
+        if states.dtype not in names:
+            raise StateError(f"Cannot save states of {states.dtype}, expected one of {list(names)}.")
+        if states.numel() == 0:
+            raise StateError(f"Cannot save empty states of shape {tuple(states.shape)}.")
+        _check_numbers("Cannot save the memory", states, turns)
+        body = [tensor.reshape(-1).view(torch.uint8).numpy() for tensor in (turns, states)]
+        header = _Header(names[states.dtype], tuple(states.shape), self.fingerprint).with_checksum(*body)
+        raw = header.to_bytes()
+        if len(raw) > MAX_HEADER_BYTES:
+            raise StateError(f"Cannot save a header of {len(raw)} bytes, limit {MAX_HEADER_BYTES}: long fingerprint.")
+        _write_atomically(Path(os.path.realpath(path)), len(raw).to_bytes(8, "little"), raw, *body)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, model: Any = None, device: torch.device | str | None = None) -> "STMCache":
+        """
+        Reads a file written by `save`, bit-identical and in its dtype. Nothing in the file is ever executed, and
+        nothing of its claimed size is allocated before the claim agrees with the size of the file.
+
+        Args:
+            path: The file.
+            model (*optional*): Refuses a memory of another shape (by `model.config`) or of another model or tokenizer
+                (by `model.memory_fingerprint()`).
+            device (*optional*, defaults to the CPU): Where the tensors go.
+
+        Raises:
+            `StateError`: if the file is damaged, foreign, of a newer version, or does not belong to `model`.
+            `FileNotFoundError`: if there is none.
+        """
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise StateError(f"{path} is not a regular file, expected an STMCache file.")
+        with open(path, "rb") as file:
+            header = _read_header(file, str(path))
+            if model is not None:
+                _check_model(header, model, str(path))
+            body = bytearray(header.num_bytes)
+            _expect(path, "the number of bytes read", file.readinto(body), len(body))
+        _expect(path, "the checksum", header.with_checksum(body).checksum, header.checksum)
+        split, shape = 8 * header.shape[0], header.shape
+        turns = torch.frombuffer(body, dtype=torch.int64, count=shape[0]).clone()
+        states = torch.frombuffer(body, dtype=FILE_DTYPES[header.dtype], offset=split).reshape(shape).clone()
+        _check_numbers(f"{path} is refused", states, turns)
+        return cls(states.to(device), turns, header.fingerprint)
+
+
+def as_stm_cache(value: Any, *, batch_size: int | None = None, config: Any = None) -> STMCache:
+    """
+    The `STMCache` that a caller passed as such or as a plain tensor, checked before any forward.
+
+    Args:
+        value (`STMCache` or `torch.Tensor` of shape `(batch_size, num_memory_layers, num_memory_slots, hidden_size)`):
+            The memory. An `STMCache` comes back as the same object.
+        batch_size (`int`, *optional*): The number of rows it must have.
+        config (`RxTConfig`, *optional*): The layers, slots and width that it must have.
+
+    Raises:
+        `ValueError`: naming both shapes, if they differ.
+        `TypeError`: if `value` is anything else.
+    """
+    if not isinstance(value, (STMCache, torch.Tensor)):
+        raise TypeError(f"stm_cache must be an STMCache or a tensor {DIMENSIONS}, got {type(value).__name__}.")
+    states = value.states if isinstance(value, STMCache) else value
+    found = tuple(states.shape)
+    expected: tuple = (None,) * 4 if config is None else (None, *_memory_shape(config))
+    expected = (batch_size, *expected[1:])
+    if len(found) != 4 or any(want is not None and got != want for got, want in zip(found, expected, strict=True)):
+        wanted = ", ".join("any" if want is None else str(want) for want in expected)
+        raise ValueError(f"stm_cache has shape {found}, expected ({wanted}) = {DIMENSIONS}.")
+    return value if isinstance(value, STMCache) else STMCache(value)
+
+
+def _as_turns(turns: torch.Tensor | Sequence[int] | int | None, states: torch.Tensor) -> torch.Tensor:
+    batch_size = states.shape[0]
+    if turns is None or isinstance(turns, int):
+        return torch.full((batch_size,), turns or 0, dtype=torch.long, device=states.device)
+    if not isinstance(turns, torch.Tensor):
+        turns = torch.as_tensor(turns, device=states.device)
+    if tuple(turns.shape) != (batch_size,) or (turns.is_floating_point() and batch_size):
+        raise ValueError(f"turns must be integers of shape ({batch_size},), got {turns.dtype}, {tuple(turns.shape)}.")
+    return turns.to(states.device, torch.long)
+
+
+def _memory_shape(config: Any) -> tuple[int, int, int]:
+    return config.num_memory_layers, config.num_memory_slots, config.hidden_size
+
+
+class _Header(NamedTuple):
+    """What a state file says about itself. `to_bytes` is the only spelling of it that is written and accepted."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    fingerprint: str | None
+    checksum: str = ""
+
+    @property
+    def num_bytes(self) -> int:
+        return 8 * self.shape[0] + math.prod(self.shape) * FILE_DTYPES[self.dtype].itemsize
+
+    def to_bytes(self) -> bytes:
+        metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "checksum": self.checksum}
+        if self.fingerprint is not None:
+            metadata["fingerprint"] = self.fingerprint
+        batch_size = self.shape[0]
+        # turns come first: 8-byte numbers before smaller ones keep every tensor aligned
+        header = {
+            "__metadata__": metadata,
+            "turns": {"dtype": "I64", "shape": [batch_size], "data_offsets": [0, 8 * batch_size]},
+            "states": {"dtype": self.dtype, "shape": self.shape, "data_offsets": [8 * batch_size, self.num_bytes]},
+        }
+        raw = json.dumps(header, separators=(",", ":")).encode("ascii")
+        return raw + b" " * (-len(raw) % 8)
+
+    def with_checksum(self, *body: Any) -> "_Header":
+        digest = hashlib.sha256(self._replace(checksum="").to_bytes())
+        for part in body:
+            digest.update(part)
+        return self._replace(checksum=digest.hexdigest())
+
+
+def _expect(path: Any, name: str, found: Any, expected: Any) -> None:
+    if found != expected:
+        raise StateError(f"{path} is refused: {name} is {reprlib.repr(found)}, expected {reprlib.repr(expected)}.")
+
+
+def _check_numbers(prefix: str, states: torch.Tensor, turns: torch.Tensor) -> None:
+    if not torch.isfinite(states).all():
+        raise StateError(f"{prefix}: states hold NaN or Inf, expected finite numbers.")
+    if (turns < 0).any():
+        raise StateError(f"{prefix}: turns hold {int(turns.min())}, expected numbers >= 0.")
+
+
+def _check_model(header: _Header, model: Any, path: str) -> None:
+    expected = _memory_shape(model.config)
+    _expect(path, "(num_memory_layers, num_memory_slots, hidden_size)", tuple(header.shape[1:]), expected)
+    _expect(path, "the fingerprint of model and tokenizer", header.fingerprint, model.memory_fingerprint())
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("duplicate keys")
+    return dict(pairs)
+
+
+def _read_header(file: BinaryIO, path: str) -> _Header:
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+        limit = f"expected at most {MAX_HEADER_BYTES} and no more than the file holds"
+        raise StateError(f"{path} is refused: its {size} bytes announce a header of {length} bytes, {limit}.")
+    raw = file.read(length)
+    try:
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise StateError(f"{path} is refused: its header is not the expected JSON ({error}).") from None
+    header = _parse_header(content, path)
+    _expect(path, "the size of the file", size, 8 + length + header.num_bytes)
+    if raw != header.to_bytes():
+        raise StateError(f"{path} is refused: its header says the right things in a way that save never writes.")
+    return header
+
+
+def _parse_header(content: Any, path: str) -> _Header:
+    metadata: Any = content.get("__metadata__") if isinstance(content, dict) else None
+    _expect(path, "the type of its metadata", type(metadata), dict)
+    _expect(path, "the format", metadata.get("format"), FORMAT)
+    _expect(path, "the format version (update rxt_hf if newer)", metadata.get("format_version"), FORMAT_VERSION)
+    _expect(path, "the list of tensors", sorted(content.keys() - {"__metadata__"}), ["states", "turns"])
+    states, turns = content["states"], content["turns"]
+    _expect(path, "the type of the tensors' descriptions", (type(states), type(turns)), (dict, dict))
+    dtype, shape, fingerprint = states.get("dtype"), states.get("shape"), metadata.get("fingerprint")
+    if not (isinstance(dtype, str) and dtype in FILE_DTYPES):
+        raise StateError(f"{path} is refused: states have dtype {reprlib.repr(dtype)}, expected {list(FILE_DTYPES)}.")
+    if not (isinstance(shape, list) and len(shape) == 4 and all(type(n) is int and n > 0 for n in shape)):
+        raise StateError(f"{path} is refused: states have shape {reprlib.repr(shape)}, expected four numbers > 0.")
+    if not (fingerprint is None or isinstance(fingerprint, str)):
+        raise StateError(f"{path} is refused: the fingerprint is {reprlib.repr(fingerprint)}, expected a string.")
+    header = _Header(dtype, tuple(shape), fingerprint, str(metadata.get("checksum")))
+    split = 8 * shape[0]
+    _expect(path, "[dtype, shape] of turns", [turns.get("dtype"), turns.get("shape")], ["I64", shape[:1]])
+    _expect(path, "the place of turns", turns.get("data_offsets"), [0, split])
+    _expect(path, "the place of states", states.get("data_offsets"), [split, header.num_bytes])
+    return header
+
+
+def _write_atomically(target: Path, *chunks: Any) -> None:
+    # One fixed name per target: what a killed save left is overwritten by the next one, without a search.
+    temporary = target.with_name(f".{target.name}.tmp")
+    with _only_writer(temporary):
+        try:
+            with open(temporary, "wb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copymode(target, temporary)
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def _only_writer(temporary: Path) -> Generator[None, None, None]:
+    """Lets one save at a time write `temporary`; the lock ends with its process, even a killed one."""
+    if fcntl is None:
+        yield
+        return
+    while True:
+        with open(temporary, "ab") as file:
+            # some network file systems have no locks: a single writer needs none
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # the writer before us renamed or removed the file that we waited for: open its successor
+            if _is_at(file, temporary):
+                yield
+                return
+
+
+def _is_at(file: Any, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _sync_folder(folder: Path) -> None:
+    # Makes the rename survive a power cut; not every system can do it, and the file is whole either way.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _flatten(cache: STMCache) -> tuple[list[torch.Tensor], str | None]:
+    return [cache.states, cache.turns], cache.fingerprint
+
+
+def _flatten_with_keys(cache: STMCache) -> tuple[list[tuple[Any, torch.Tensor]], str | None]:
+    children, fingerprint = _flatten(cache)
+    return list(zip(map(_pytree.GetAttrKey, ("states", "turns")), children, strict=True)), fingerprint
+
+
+def _unflatten(children: Any, fingerprint: str | None) -> STMCache:
+    # Leaves may be anything while a tree is mapped, so the constructor's checks do not apply.
+    cache = object.__new__(STMCache)
+    cache.states, cache.turns = children
+    cache.fingerprint = fingerprint
+    return cache
+
+
+# the module's name keeps a copy loaded from the Hub apart from the installed one
+if STMCache not in _pytree.SUPPORTED_NODES:
+    _pytree.register_pytree_node(
+        STMCache,
+        _flatten,
+        _unflatten,
+        serialized_type_name=f"{STMCache.__module__}.{STMCache.__qualname__}",
+        flatten_with_keys_fn=_flatten_with_keys,
+    )
+
+
+__all__ = ["STMCache", "StateError", "as_stm_cache"]

@@ -1,0 +1,249 @@
+# Copyright 2026 the rxt_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Configuration of the Reactive Transformer."""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils import auto_docstring
+
+
+@auto_docstring(checkpoint="rxt-hf/rxt-tiny-facts")
+@strict
+class RxTConfig(PreTrainedConfig):
+    r"""
+    Configuration of a Reactive Transformer (RxT, arXiv 2510.03561): a decoder that reads a fixed-size Short-Term
+    Memory (STM) through memory cross-attention, a memory encoder and a memory attention that write each finished
+    interaction into it. Names shared with [`LlamaConfig`] mean the same here; the others are:
+
+    Args:
+        max_position_embeddings (`int`): longest interaction, query and answer together, in tokens.
+        head_dim (`int`, *optional*): defaults to `hidden_size // num_attention_heads`. Sparse Query Attention
+            (arXiv 2510.01817) is fewer query heads at an unchanged `head_dim`.
+        attention_bias (`bool`): biases of the q, k and v projections.
+        attention_output_bias (`bool`): biases of the o projections.
+        use_qk_norm (`bool`): RMSNorm over `head_dim` of queries and keys before the rotation, in the decoder's
+            self-attention and the memory encoder.
+        use_gated_attention (`bool`): multiplies the heads' output by `sigmoid(gate_proj(x))`, `x` the query's input.
+        use_gated_cross_attention (`bool`, *optional*): the same for the memory cross-attention; defaults to it.
+        use_gated_memory_encoder_attention (`bool`, *optional*): the same for the memory encoder; defaults to it.
+        sliding_window (`int`, *optional*): tokens that a layer of type `"sliding_attention"` looks back.
+        layer_types (`list[str]`, *optional*): `"full_attention"` or `"sliding_attention"` for each decoder layer.
+        no_rope_layers (`list[int]`, *optional*): decoder layers whose self-attention does not rotate.
+        use_final_norm (`bool`): norm before the language-model head.
+        lm_head_bias (`bool`): bias of the language-model head.
+        num_experts (`int`): experts of the decoder's feed-forward; 0 is dense.
+        moe_layers (`list[int]`, *optional*): decoder layers with experts; default all.
+        num_shared_experts (`int`): experts that every token passes; several are mixed by a softmax gate.
+        shared_expert_intermediate_size (`int`, *optional*): defaults to `moe_intermediate_size`.
+        use_weighted_shared_experts (`bool`): scales routed and shared output by their share of the experts in use.
+        num_memory_slots (`int`): slots of each memory layer.
+        memory_layers (`list[int]`, *optional*): decoder layers that read the memory, in order; default all. The memory
+            has as many layers as this list.
+        memory_init (`str`): the memory before the first interaction: `"learned"`, `"random"` (normal, the paper's
+            choice) or `"zeros"`.
+        memory_init_std (`float`): standard deviation of the random memory, and of the learned one at its start.
+        memory_encoder_intermediate_size (`int`, *optional*): defaults to `intermediate_size`.
+        cross_attention_zero_init (`bool`): the memory cross-attention's output starts at zero, so that a model which
+            has just been given a memory computes what it did without.
+        memory_attention_type (`str`): what the memory attends to before it is written: `"simple"` (nothing), `"self"`
+            (its own layer), `"interlayer"` (the mean of all layers) or `"self_interlayer"` (a gated mix of the two).
+        memory_gate_type (`str`): `"static"`, `"elementwise"` or `"linear"`, see `RxTResidualGate`.
+        memory_gate_status (`str`): what the gate sees of a slot: `"mean"`, `"linear"` or `"slot"`.
+        memory_gate_granularity (`str`): one gate for each `"layer"`, `"slot"` or `"element"`.
+        memory_gate_activation (`str`): `"sigmoid"`, `"tanh"` or `"none"` (a plain sum).
+        memory_gate_init (`float`): the gate's parameter or bias at the start; negative keeps more than it writes.
+        memory_encoder_num_attention_heads (`int`, *optional*): query heads of the memory encoder.
+        memory_encoder_num_key_value_heads (`int`, *optional*): its key and value heads.
+        cross_attention_num_attention_heads (`int`, *optional*): query heads of the memory cross-attention.
+        cross_attention_num_key_value_heads (`int`, *optional*): its key and value heads.
+        memory_attention_num_attention_heads (`int`, *optional*): query heads of the write and of `"self"`.
+        memory_attention_num_key_value_heads (`int`, *optional*): its key and value heads.
+        interlayer_attention_num_attention_heads (`int`, *optional*): query heads of the attention to other layers.
+        interlayer_attention_num_key_value_heads (`int`, *optional*): its key and value heads.
+
+    Example:
+
+    ```python
+    >>> from rxt_hf import RxTConfig, RxTForCausalLM
+
+    >>> model = RxTForCausalLM(RxTConfig(hidden_size=128, num_hidden_layers=2, num_memory_slots=32))
+    >>> model.init_stm(batch_size=1).states.shape
+    torch.Size([1, 2, 32, 128])
+    ```"""
+
+    model_type = "rxt"
+    keys_to_ignore_at_inference = ["past_key_values", "stm_cache", "last_hidden_state", "hidden_states", "attentions"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.gate_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.memory_cross_attn.q_proj": "colwise",
+        "layers.*.memory_cross_attn.k_proj": "colwise",
+        "layers.*.memory_cross_attn.v_proj": "colwise",
+        "layers.*.memory_cross_attn.gate_proj": "colwise",
+        "layers.*.memory_cross_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+    attribute_map = {"num_local_experts": "num_experts"}
+
+    vocab_size: int = 32000
+    hidden_size: int = 256
+    intermediate_size: int = 768
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 1024
+    initializer_range: float | int = 0.02
+    rms_norm_eps: float | int = 1e-6
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    attention_dropout: float | int = 0.0
+    mlp_bias: bool = False
+    use_qk_norm: bool = False
+    use_gated_attention: bool = False
+    use_gated_cross_attention: bool | None = None
+    use_gated_memory_encoder_attention: bool | None = None
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    no_rope_layers: list[int] | None = None
+    use_final_norm: bool = True
+    lm_head_bias: bool = False
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    moe_layers: list[int] | None = None
+    num_shared_experts: int = 0
+    shared_expert_intermediate_size: int | None = None
+    use_weighted_shared_experts: bool = False
+    router_aux_loss_coef: float | int = 0.01
+    output_router_logits: bool = False
+
+    num_memory_slots: int = 64
+    memory_layers: list[int] | None = None
+    memory_init: Literal["learned", "random", "zeros"] = "learned"
+    memory_init_std: float | int = 1.0
+    memory_encoder_intermediate_size: int | None = None
+    memory_encoder_num_attention_heads: int | None = None
+    memory_encoder_num_key_value_heads: int | None = None
+    cross_attention_num_attention_heads: int | None = None
+    cross_attention_num_key_value_heads: int | None = None
+    cross_attention_zero_init: bool = False
+    memory_attention_type: Literal["simple", "self", "interlayer", "self_interlayer"] = "interlayer"
+    memory_attention_num_attention_heads: int | None = None
+    memory_attention_num_key_value_heads: int | None = None
+    interlayer_attention_num_attention_heads: int | None = None
+    interlayer_attention_num_key_value_heads: int | None = None
+    memory_gate_type: Literal["static", "elementwise", "linear"] = "linear"
+    memory_gate_status: Literal["mean", "linear", "slot"] = "slot"
+    memory_gate_granularity: Literal["layer", "slot", "element"] = "element"
+    memory_gate_activation: Literal["sigmoid", "tanh", "none"] = "sigmoid"
+    memory_gate_init: float | int = -1.0
+
+    def __post_init__(self, **kwargs):
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        for role in ("memory_encoder", "cross_attention", "memory_attention", "interlayer_attention"):
+            heads, key_value_heads = f"{role}_num_attention_heads", f"{role}_num_key_value_heads"
+            fallback = self.num_key_value_heads if getattr(self, heads) is None else getattr(self, heads)
+            if getattr(self, heads) is None:
+                setattr(self, heads, self.num_attention_heads)
+            if getattr(self, key_value_heads) is None:
+                setattr(self, key_value_heads, fallback)
+        if self.use_gated_cross_attention is None:
+            self.use_gated_cross_attention = self.use_gated_attention
+        if self.use_gated_memory_encoder_attention is None:
+            self.use_gated_memory_encoder_attention = self.use_gated_attention
+        if self.memory_encoder_intermediate_size is None:
+            self.memory_encoder_intermediate_size = self.intermediate_size
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        if self.shared_expert_intermediate_size is None:
+            self.shared_expert_intermediate_size = self.moe_intermediate_size
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_memory_layers(self) -> int:
+        """Layers of the memory: as many as decoder layers that read it."""
+        return self.num_hidden_layers if self.memory_layers is None else len(self.memory_layers)
+
+    def validate_architecture(self):
+        """Part of `@strict`-powered validation. Validates the architecture of the config."""
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even to be rotated, got {self.head_dim}.")
+        for prefix in ("", "memory_encoder_", "cross_attention_", "memory_attention_", "interlayer_attention_"):
+            heads = getattr(self, f"{prefix}num_attention_heads")
+            key_value_heads = getattr(self, f"{prefix}num_key_value_heads")
+            if heads % key_value_heads:
+                raise ValueError(
+                    f"{prefix}num_attention_heads ({heads}) is not a multiple of "
+                    f"{prefix}num_key_value_heads ({key_value_heads})."
+                )
+        if self.num_memory_slots < 1:
+            raise ValueError(f"num_memory_slots must be at least 1, got {self.num_memory_slots}.")
+        for name in ("memory_layers", "moe_layers", "no_rope_layers"):
+            layers = getattr(self, name)
+            if layers is not None and layers != sorted(set(layers) & set(range(self.num_hidden_layers))):
+                raise ValueError(
+                    f"{name} must be ascending, distinct decoder layers below num_hidden_layers="
+                    f"{self.num_hidden_layers}, got {layers}."
+                )
+        if self.memory_layers == []:
+            raise ValueError("memory_layers must name at least one decoder layer: an RxT without memory is a Llama.")
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and num_experts "
+                f"({self.num_experts})."
+            )
+        gate = (self.memory_gate_type, self.memory_gate_status, self.memory_gate_granularity)
+        if self.memory_gate_type == "linear" and self.memory_gate_status != "slot" and gate[2] == "element":
+            raise ValueError(
+                f"A linear gate over the slots' {gate[1]} status has one value for each slot or layer; "
+                'memory_gate_granularity="element" needs memory_gate_status="slot".'
+            )
+        if self.memory_gate_type == "elementwise" and self.memory_gate_status == "slot" and gate[2] != "element":
+            raise ValueError(
+                f'An elementwise gate over the slot itself needs memory_gate_granularity="element", got "{gate[2]}".'
+            )
+
+
+__all__ = ["RxTConfig"]

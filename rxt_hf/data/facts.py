@@ -1,0 +1,734 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+"""Deterministic dialogues in which a user states, changes and asks for facts.
+
+Splits: "train" (no held-out pair, open names of the training part), "seen" (training pairs, list values only),
+"unseen" (asked pairs are held out), "open" (open attributes with names that never occur in training).
+Training uses seeds >= 1_000_000 and tests seeds < 100_000; the split is part of the random seed.
+Only `Random.random` is used, whose sequence is the same in every Python version.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, TypedDict
+from zlib import crc32
+
+UNKNOWN_ANSWER = "You have not told me that yet."
+SPLITS = ("train", "seen", "unseen", "open")
+HELD_OUT_SHARE = 0.12
+
+# fmt: off
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+def _choices(text: str) -> tuple[str, ...]:
+    return tuple(text.split("|"))
+
+
+VALUES: dict[str, tuple[str, ...]] = {
+    "person": _words(
+        "Anna Peter Maria Thomas Julia David Emma Paul Sarah Daniel Laura Martin Sofia James Alice Robert Nina "
+        "Victor Helen Simon Clara Oscar Irene Hugo"),
+    "surname": _words(
+        "Miller Baker Carter Johnson Wilson Parker Cooper Schmidt Novak Garcia Rossi Kim Tanaka Jensen Murphy "
+        "Fischer Lopez Turner"),
+    "pet": _words(
+        "Buddy Fluffy Shadow Snowy Daisy Charlie Molly Oreo Simba Coco Ginger Smokey Patch Sunny Rusty Biscuit "
+        "Misty Felix Nala Toby Bruno Ruby"),
+    "thing": _words(
+        "Falcon Phoenix Aurora Comet Orion Titan Atlas Neptune Voyager Horizon Thunder Mercury Pegasus Eclipse "
+        "Summit Beacon"),
+    "word": _words(
+        "lantern marble thimble pumpkin velvet compass feather rocket blanket crystal hammer window pocket anchor "
+        "candle mirror"),
+    "place": _words(
+        "Maple Elmwood Riverside Oakfield Hillcrest Ashford Brookside Kingston Milton Lakeview Westbury Greenfield "
+        "Stonebridge Highgate Fairview Linden"),
+    "city": (*_words(
+        "Oslo Lima Paris Tokyo Berlin Madrid Rome Cairo Dublin Vienna Prague Boston Sydney Toronto Athens Lisbon "
+        "Warsaw Seoul Delhi Nairobi Geneva Chicago"), "New York", "Cape Town"),
+    "colour": _words(
+        "green blue red yellow purple pink black white grey brown silver gold turquoise violet beige navy"),
+    "food": (*_words(
+        "pizza pasta rice sushi curry salad fish chicken cheese bread tacos noodles beans potatoes mushrooms "
+        "pancakes lasagna dumplings"), "tomato soup", "fried eggs"),
+    "drink": (*_words(
+        "coffee tea milk water lemonade cocoa cola wine beer cider espresso soda kefir kombucha"),
+        "ginger ale", "orange juice"),
+    "job": (*_words(
+        "nurse doctor pilot farmer lawyer plumber carpenter engineer accountant architect electrician journalist "
+        "gardener waiter librarian actor tailor butcher chemist"), "police officer"),
+    "hobby": _words(
+        "tennis chess football swimming jogging painting knitting climbing fishing sailing dancing yoga hockey "
+        "cycling skiing badminton"),
+    "instrument": _words(
+        "piano guitar violin cello flute trumpet harp clarinet saxophone trombone banjo accordion oboe tuba organ "
+        "ukulele"),
+    "month": _words(
+        "January February March April May June July August September October November December"),
+    "weekday": _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday"),
+    "number": _words("3 7 9 11 14 18 21 23 27 36 42 58 64 77 85 91"),
+    "language": _words(
+        "Spanish French German Italian Japanese Arabic Korean Russian Polish Dutch Greek Turkish Swedish Hindi "
+        "Hungarian Portuguese"),
+    "animal": _words(
+        "elephants lions snakes spiders bears wolves bats owls foxes monkeys sharks geese frogs crocodiles penguins "
+        "bees"),
+}
+OPEN_TYPES = ("person", "surname", "pet", "thing", "word", "place")
+
+OPEN_REAL_NAMES: tuple[str, ...] = _words(
+    "Rex Bella Mochi Ziggy Bartholomew Xanthe Pixel Luna Max Rocky Bailey Duke Zeus Apollo Thor Odin Loki Freya "
+    "Willow Hazel Olive Pepper Cookie Peanut Waffles Pickles Nacho Tofu Kiwi Mango Noodle Bandit Gizmo Scout Ranger "
+    "Ace Bear Teddy Winston Otis Louie Gus Hank Frankie Jasper Milo Leo Archie Finn Ollie Sasha Roxy Lola Zoe Chloe "
+    "Stella Penny Rosie Maggie Sadie Lucy Abby Ellie Piper Ivy Nova Athena Juno Iris Cleo Dexter Diesel Boomer Tank "
+    "Moose Marley Ziva Quincy Xavier Yusuf Zara Amir Fatima Ingrid Bjorn Sven Astrid Magnus Nikolai Olga Dmitri "
+    "Katarina Mateo Lucia Diego Camila Joaquin Ximena Priya Arjun Ananya Ravi Mei Hiroshi Yuki Kenji Sakura Akira "
+    "Chidi Amara Kwame Zuri Imani Thabo Liam Noah Olivia Sophia Ethan Mason Logan Aiden Jackson Harper Evelyn Abigail "
+    "Gabriel Isaac Nathan Caleb Gertrude Mildred Ebenezer Cornelius Agatha Percival Beatrix Leopold Wilhelmina "
+    "Octavia Thaddeus Zelda Mario Yoshi Kirby Frodo Bilbo Gandalf Merlin Avalon Camelot Narnia Brighton Cambridge "
+    "Dakota Savannah Phoebe Denali Sahara Congo Havana Quito Bogota Kyoto Osaka Zagreb Vilnius Tallinn Riga Bergen "
+    "Malmo Turin Verona Seville Granada Porto Nebula Quasar Pulsar Cosmo Neutron Proton Bagel Pretzel Muffin "
+    "Cupcake Marshmallow Zigzag Jigsaw Quartz Topaz Onyx Indigo Sphinx Wombat Walrus Platypus")
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One thing that can be told; `{v}` is the value, `{av}` the value with its article."""
+
+    name: str
+    value_type: str
+    statements: tuple[str, ...]
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    noun_phrases: tuple[str, ...]
+    changes: tuple[str, ...] = ()
+
+    @property
+    def is_open(self) -> bool:
+        return self.value_type in OPEN_TYPES
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        return VALUES[self.value_type]
+
+
+# value type, {attribute: noun}, statements, questions, answers, noun phrases, statements of a change
+_NAMED_STATEMENTS = (
+    "My {s} is called {v}.|My {s}'s name is {v}.|The name of my {s} is {v}.|My {s} is named {v}."
+    "|I have a {s} called {v}."
+    "|{v} is the name of my {s}."
+)
+_NAMED_QUESTIONS = "What is my {s} called?|What's my {s}'s name?|What is the name of my {s}?"
+_NAMED_ANSWERS = "Your {s} is called {v}.|Your {s}'s name is {v}."
+_NAMED_PHRASES = "my {s}'s name|the name of my {s}"
+_NEW_NAMED = "My new {s} is called {v}.|I have a new {s} called {v}."
+# fmt: off
+_GROUPS: tuple[tuple[str, dict[str, str], str, str, str, str, str], ...] = (
+    ("person", {"name": "name"},
+     "My name is {v}.|I am {v}.|You can call me {v}.|People call me {v}.|I am called {v}.",
+     "What is my name?|What's my name?|What am I called?|Who am I?|What do people call me?",
+     "Your name is {v}.|You are called {v}.", "my name|what I am called", "I changed my name to {v}."),
+    ("person", {"sister": "sister", "brother": "brother", "friend": "best friend", "boss": "boss"},
+     _NAMED_STATEMENTS + "|{v} is my {s}.", _NAMED_QUESTIONS + "|Who is my {s}?", _NAMED_ANSWERS, _NAMED_PHRASES,
+     "My {s} goes by {v} now.|From now on my {s} is called {v}."),
+    ("surname", {"neighbour": "neighbour", "teacher": "teacher"},
+     _NAMED_STATEMENTS + "|{v} is my {s}.", _NAMED_QUESTIONS + "|Who is my {s}?", _NAMED_ANSWERS, _NAMED_PHRASES,
+     _NEW_NAMED),
+    ("pet", {"dog": "dog", "cat": "cat", "horse": "horse"},
+     _NAMED_STATEMENTS + "|We named our {s} {v}.|We have a {s}, and we call it {v}.",
+     _NAMED_QUESTIONS + "|What did we name our {s}?"
+     "|What do I call my {s}?", _NAMED_ANSWERS, _NAMED_PHRASES, _NEW_NAMED),
+    ("thing", {"project": "project", "boat": "boat", "team": "team"},
+     _NAMED_STATEMENTS + "|We named our {s} {v}.", _NAMED_QUESTIONS + "|What did we name our {s}?",
+     _NAMED_ANSWERS, _NAMED_PHRASES, _NEW_NAMED + "|We renamed our {s} to {v}."),
+    ("word", {"password": "password", "code_word": "code word"},
+     "My {s} is {v}.|The {s} is {v}.|I use {v} as my {s}.|I chose {v} as my {s}.|I set my {s} to {v}.",
+     "What is my {s}?|What's my {s}?|What is the {s}?|Which word is my {s}?",
+     "Your {s} is {v}.", "my {s}|the {s}", "I changed my {s} to {v}.|My new {s} is {v}."),
+    ("place", {"street": "street", "village": "village"},
+     "My {s} is called {v}.|The name of my {s} is {v}.|Our {s} is called {v}.|I grew up in a {s} called {v}."
+     "|My {s}'s name is {v}.",
+     "What is my {s} called?|What's my {s}'s name?|What is the name of my {s}?|What is our {s} called?",
+     _NAMED_ANSWERS, _NAMED_PHRASES, "They renamed my {s} to {v}."),
+    ("city", {"home_city": ""},
+     "I live in {v}.|My home is in {v}.|I am living in {v}.|We live in {v}.|My flat is in {v}.",
+     "Where do I live?|Which city do I live in?|In which city is my home?|Where is my home?|What city am I living in?",
+     "You live in {v}.", "where I live|which city I live in", "I moved to {v}.|We moved to {v}."),
+    ("city", {"birth_city": ""},
+     "I was born in {v}.|My place of birth is {v}.|My birthplace is {v}.|I come from {v}, I was born there.",
+     "Where was I born?|In which city was I born?|What is my birthplace?|Which city was I born in?",
+     "You were born in {v}.", "where I was born|my birthplace", "In fact I was born in {v}."),
+    ("city", {"work_city": ""},
+     "I work in {v}.|My office is in {v}.|My job is based in {v}.|I go to work in {v}.",
+     "Where do I work?|In which city do I work?|Where is my office?|Which city do I work in?",
+     "You work in {v}.", "where I work|where my office is", "My office moved to {v}."),
+    ("city", {"holiday_city": ""},
+     "My next holiday is in {v}.|I am going to {v} on holiday.|I will spend my holiday in {v}."
+     "|We booked a holiday in {v}.",
+     "Where is my next holiday?|Where am I going on holiday?|Where will I spend my holiday?"
+     "|Which city am I visiting on holiday?",
+     "Your next holiday is in {v}.", "where my next holiday is|where I am going on holiday",
+     "We will go to {v} on holiday instead."),
+    ("colour", {"favourite_colour": ""},
+     "My favourite colour is {v}.|I like {v} best of all colours.|The colour I love most is {v}."
+     "|My best colour is {v}.",
+     "What is my favourite colour?|Which colour do I like best?|What colour do I love most?"
+     "|What's my favourite colour?",
+     "Your favourite colour is {v}.", "my favourite colour|which colour I like best",
+     "My new favourite colour is {v}."),
+    ("colour", {"car_colour": "car", "door_colour": "front door", "bike_colour": "bike"},
+     "My {s} is {v}.|I have {av} {s}.|The colour of my {s} is {v}.|I painted my {s} {v}.|We have {av} {s}.",
+     "What colour is my {s}?|Which colour is my {s}?|What is the colour of my {s}?|What colour does my {s} have?",
+     "Your {s} is {v}.", "the colour of my {s}|what colour my {s} is", "My new {s} is {v}.|I repainted my {s} {v}."),
+    ("food", {"favourite_food": ""},
+     "My favourite food is {v}.|I love eating {v}.|I like {v} more than any other food.|The best food for me is {v}.",
+     "What is my favourite food?|Which food do I like best?|What do I love eating?|What's my favourite food?",
+     "Your favourite food is {v}.", "my favourite food|which food I like best", "My new favourite food is {v}."),
+    ("food", {"disliked_food": ""},
+     "I do not like {v}.|I never eat {v}.|I can't stand {v}.|The food I hate is {v}.|I hate eating {v}.",
+     "Which food do I hate?|What do I never eat?|Which food do I not like?|What food can't I stand?",
+     "You do not like {v}.", "which food I hate|what I never eat", "The food I hate now is {v}."),
+    ("food", {"dinner": ""},
+     "I am cooking {v} tonight.|Tonight we will have {v}.|We are having {v} for dinner."
+     "|There is {v} for dinner tonight.",
+     "What am I cooking tonight?|What will we eat tonight?|What is for dinner tonight?|What are we having for dinner?",
+     "Tonight you will have {v}.", "what I am cooking tonight|what we have for dinner",
+     "We will have {v} tonight instead."),
+    ("drink", {"morning_drink": ""},
+     "I drink {v} in the morning.|Every morning I drink {v}.|My morning drink is {v}.|I start the day with {v}.",
+     "What do I drink in the morning?|What is my morning drink?|What do I start the day with?"
+     "|What do I drink every morning?",
+     "In the morning you drink {v}.", "my morning drink|what I drink in the morning", "My new morning drink is {v}."),
+    ("drink", {"evening_drink": ""},
+     "I drink {v} in the evening.|Every evening I drink {v}.|My evening drink is {v}.|I end the day with {v}.",
+     "What do I drink in the evening?|What is my evening drink?|What do I end the day with?"
+     "|What do I drink every evening?",
+     "In the evening you drink {v}.", "my evening drink|what I drink in the evening", "My new evening drink is {v}."),
+    ("job", {"job": ""},
+     "I work as {av}.|I am {av}.|My job is being {av}.|I earn my living as {av}.|By profession I am {av}.",
+     "What is my job?|What do I do for a living?|What do I work as?|What's my job?|What is my profession?",
+     "You work as {av}.", "my job|my profession", "I changed my job and became {av}.|I became {av}."),
+    ("job", {"partner_job": ""},
+     "My partner is {av}.|My partner works as {av}.|My partner's job is being {av}."
+     "|My partner earns a living as {av}.",
+     "What is my partner's job?|What does my partner do?|What does my partner work as?"
+     "|What's my partner's profession?",
+     "Your partner works as {av}.", "my partner's job|what my partner does", "My partner became {av}."),
+    ("job", {"dream_job": ""},
+     "I want to become {av}.|One day I want to be {av}.|My dream is to become {av}.|I dream of being {av}.",
+     "What do I want to become?|What is my dream job?|What's my dream job?|What do I dream of being?",
+     "You want to become {av}.", "my dream job|what I want to become", "My new dream is to become {av}."),
+    ("hobby", {"hobby": ""},
+     "My hobby is {v}.|I enjoy {v} in my free time.|In my free time I do some {v}.|My favourite hobby is {v}.",
+     "What is my hobby?|What do I do in my free time?|Which hobby do I have?|What's my hobby?",
+     "Your hobby is {v}.", "my hobby|what I do in my free time", "My new hobby is {v}."),
+    ("hobby", {"daughter_hobby": "daughter", "son_hobby": "son"},
+     "My {s}'s hobby is {v}.|My {s} loves {v}.|The hobby of my {s} is {v}.|My {s} is into {v}.|My {s} enjoys {v}.",
+     "What is my {s}'s hobby?|What does my {s} love?|Which hobby does my {s} have?|What does my {s} enjoy?",
+     "Your {s}'s hobby is {v}.", "my {s}'s hobby|the hobby of my {s}", "My {s}'s new hobby is {v}."),
+    ("instrument", {"instrument": ""},
+     "I play the {v}.|My instrument is the {v}.|I am learning the {v}.|The instrument I play is the {v}.",
+     "Which instrument do I play?|What instrument do I play?|What is my instrument?|What's my instrument?",
+     "You play the {v}.", "my instrument|which instrument I play", "I switched to the {v}."),
+    ("instrument", {"cousin_instrument": "cousin"},
+     "My {s} plays the {v}.|My {s}'s instrument is the {v}.|The instrument my {s} plays is the {v}."
+     "|My {s} is learning the {v}.",
+     "Which instrument does my {s} play?|What instrument does my {s} play?|What is my {s}'s instrument?"
+     "|What does my {s} play?",
+     "Your {s} plays the {v}.", "my {s}'s instrument|which instrument my {s} plays", "My {s} switched to the {v}."),
+    ("month", {"birthday_month": ""},
+     "My birthday is in {v}.|I have my birthday in {v}.|I celebrate my birthday in {v}.|My birthday month is {v}.",
+     "When is my birthday?|In which month is my birthday?|What is my birthday month?|When do I celebrate my birthday?",
+     "Your birthday is in {v}.", "when my birthday is|my birthday month", "In fact my birthday is in {v}."),
+    ("month", {"wedding_month": ""},
+     "My wedding is in {v}.|I am getting married in {v}.|We will marry in {v}.|The month of our wedding is {v}.",
+     "When is my wedding?|In which month is my wedding?|When will we marry?|When am I getting married?",
+     "Your wedding is in {v}.", "when my wedding is|the month of my wedding", "We moved the wedding to {v}."),
+    ("weekday", {"gym_day": ""},
+     "My gym day is {v}.|I go to the gym on {v}.|My training at the gym is on {v}.|I have gym on {v}.",
+     "When do I go to the gym?|What is my gym day?|On which day do I have gym?|Which day is my gym day?",
+     "You go to the gym on {v}.", "my gym day|when I go to the gym", "I moved my gym day to {v}."),
+    ("weekday", {"dentist_day": ""},
+     "I see the dentist on {v}.|My dentist appointment is on {v}.|I have to go to the dentist on {v}."
+     "|The dentist expects me on {v}.",
+     "When is my dentist appointment?|When do I see the dentist?|On which day do I see the dentist?"
+     "|When does the dentist expect me?",
+     "You see the dentist on {v}.", "when I see the dentist|the day of my dentist appointment",
+     "My dentist appointment moved to {v}."),
+    ("number", {"house_number": "house number", "lucky_number": "lucky number"},
+     "My {s} is {v}.|The number {v} is my {s}.|I have {v} as my {s}.|For me the {s} is {v}.",
+     "What is my {s}?|What's my {s}?|Which {s} do I have?|Which number is my {s}?",
+     "Your {s} is {v}.", "my {s}", "My new {s} is {v}."),
+    ("language", {"learning_language": ""},
+     "I am learning {v}.|I study {v} at the moment.|The language I am learning is {v}.|I take lessons in {v}.",
+     "Which language am I learning?|What language do I study?|Which language do I take lessons in?"
+     "|What language am I learning?",
+     "You are learning {v}.", "which language I am learning|the language I study", "I started to learn {v} instead."),
+    ("language", {"home_language": ""},
+     "We speak {v} at home.|At home we speak {v}.|The language of my family is {v}.|My family speaks {v}.",
+     "Which language do we speak at home?|What does my family speak?|What is the language of my family?"
+     "|What language do we speak at home?",
+     "Your family speaks {v}.", "which language we speak at home|the language of my family",
+     "We switched to {v} at home."),
+    ("animal", {"favourite_animal": ""},
+     "My favourite animals are {v}.|I love {v} most of all animals.|The animals I like best are {v}."
+     "|I really love {v}.",
+     "What are my favourite animals?|Which animals do I like best?|Which animals do I love?"
+     "|What animals do I love most?",
+     "Your favourite animals are {v}.", "my favourite animals|which animals I like best",
+     "My new favourite animals are {v}."),
+    ("animal", {"feared_animal": ""},
+     "I am afraid of {v}.|I am scared of {v}.|The animals that scare me are {v}.|I fear {v}.",
+     "Which animals am I afraid of?|What am I afraid of?|Which animals scare me?|What am I scared of?",
+     "You are afraid of {v}.", "which animals scare me|what I am afraid of", "The animals that scare me now are {v}."),
+)
+
+_CHAT_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("Hello!|Hi!|Hi there.|Good morning.|Good evening.|Hello again.|Hey, nice to see you.",
+     ("Hello, nice to talk to you.", "Hello, how can I help you?")),
+    ("How are you?|How are you today?|How do you feel?|How is it going?|Are you okay?|Is everything fine?",
+     ("I am fine, thank you.",)),
+    ("Thanks.|Thank you.|Thank you very much.|Thanks a lot.|Thanks for your help.|That was helpful."
+     "|You are very kind.",
+     ("You are welcome.",)),
+    ("Tell me something nice.|Say something nice.|Cheer me up.|Make me smile.|I need a kind word.",
+     ("You are doing really well.", "Today is going to be a good day.")),
+    ("Tell me a joke.|Make me laugh.|Do you know a joke?|Say something funny.",
+     ("My memory is small, but it never loses its keys.",)),
+    ("The weather is lovely.|The sun is out.|What a beautiful day.|It is so warm outside.",
+     ("That sounds wonderful, enjoy it.",)),
+    ("It is raining again.|The weather is awful.|It is cold outside.|There is a storm coming.",
+     ("Then it is best to stay inside.",)),
+    ("I am tired.|I did not sleep well.|I need a break.|It was a long day.|I have a headache.",
+     ("You should get some rest.",)),
+    ("I am bored.|I have nothing to do.|What should I do now?", ("You could go for a walk.",)),
+    ("I am happy.|I feel great.|Everything went well.|I had a good day."
+     "|I got good news.", ("I am glad to hear that.",)),
+    ("I am sad.|I feel lonely.|I am worried.|I had a bad day.", ("I am sorry to hear that.",)),
+    ("Who are you?|What are you?|Are you a robot?|Are you human?", ("I am a small language model with a memory.",)),
+    ("What can you do?|How can you help me?|What are you good at?", ("I can remember what you tell me.",)),
+    ("Can you remember things?|Do you have a memory?"
+     "|Is your memory good?", ("Yes, I keep what you tell me in mind.",)),
+    ("Goodbye.|Bye.|See you later.|Good night.|I have to go.|See you soon.", ("Goodbye, see you soon.",)),
+    ("Okay.|All right.|I see.|Sounds good.|Great.", ("Is there anything else?",)),
+    ("Wait a moment.|One second, please.|Give me a minute.|I will be right back.", ("Take your time.",)),
+    ("What do you think?|Do you agree?|Is that a good idea?", ("I think that is a good idea.",)),
+)
+# fmt: on
+CHAT: tuple[tuple[str, tuple[str, ...]], ...] = tuple(
+    (query, answers) for queries, answers in _CHAT_GROUPS for query in queries.split("|")
+)
+
+_STATE_PREFIXES = _choices(
+    "By the way, |Just so you know, |Well, |Also, |Please remember: |Oh, |I should mention that |Note that "
+)
+_CHANGE_PREFIXES = _choices("Actually, |Correction: |No wait, |Sorry, |Update: |Things have changed: |Oh, ")
+_STATE_SUFFIXES = (" Please remember that.", " Keep it in mind.", " Can you remember that?")
+_ASK_PREFIXES = _choices("Tell me, |Hey, |So, |By the way, |One question: |Quick question: |Please tell me: ")
+_ASK_PHRASES = _choices(
+    "Do you remember {np}?|Do you know {np}?|Can you tell me {np}?|Please tell me {np}.|Tell me {np}.|I forgot {np}."
+    "|Do you recall {np}?|Do you still know {np}?|Can you remember {np}?"
+)
+_REPEATS = ("Got it, ", "Okay, ", "Noted, ", "Thanks, ")
+_CHANGE_REPEATS = ("Got it, now ", "Okay, now ", "Noted, now ", "Thanks, now ")
+_PLAIN_ACKS = ("Okay, I will remember that.", "Thanks for telling me.", "I will keep that in mind.")
+_CHANGE_ACKS = ("Okay, I have updated that.", "Thanks for telling me.", "I will keep that in mind.")
+
+
+def _build_attributes() -> dict[str, Attribute]:
+    attributes = {}
+    for value_type, nouns, *patterns in _GROUPS:
+        for name, noun in nouns.items():
+            filled = [_choices(pattern.replace("{s}", noun)) for pattern in patterns]
+            attributes[name] = Attribute(name, value_type, *filled)
+    return attributes
+
+
+ATTRIBUTES: dict[str, Attribute] = _build_attributes()
+
+
+def value_pairs() -> list[tuple[str, str]]:
+    """All (attribute, list value) pairs, in a fixed order."""
+    return [(attribute.name, value) for attribute in ATTRIBUTES.values() for value in attribute.values]
+
+
+def _choose_held_out() -> frozenset[tuple[str, str]]:
+    """Pairs of lowest checksum per attribute; at least one other attribute keeps each value for training."""
+    owners = {kind: sum(a.value_type == kind for a in ATTRIBUTES.values()) for kind in VALUES}
+    held: dict[tuple[str, str], int] = {}
+    pairs = []
+    for attribute in ATTRIBUTES.values():
+        kind = attribute.value_type
+        wanted = max(1, round(HELD_OUT_SHARE * len(attribute.values)))
+        ranked = sorted(attribute.values, key=lambda value: crc32(f"{attribute.name}={value}".encode()))
+        free = [value for value in ranked if held.get((kind, value), 0) < owners[kind] - 1]
+        for value in free[:wanted]:
+            held[kind, value] = held.get((kind, value), 0) + 1
+            pairs.append((attribute.name, value))
+    return frozenset(pairs)
+
+
+HELD_OUT_PAIRS: frozenset[tuple[str, str]] = _choose_held_out()
+_TRAIN_VALUES = {a.name: [v for v in a.values if (a.name, v) not in HELD_OUT_PAIRS] for a in ATTRIBUTES.values()}
+_HELD_VALUES = {a.name: [v for v in a.values if (a.name, v) in HELD_OUT_PAIRS] for a in ATTRIBUTES.values()}
+_OPEN_NAMES = tuple(a.name for a in ATTRIBUTES.values() if a.is_open)
+
+
+def _all_words() -> frozenset[str]:
+    texts: list[str] = [value for values in VALUES.values() for value in values]
+    for a in ATTRIBUTES.values():
+        texts += a.statements + a.questions + a.answers + a.noun_phrases + a.changes
+    for query, answers in CHAT:
+        texts += [query, *answers]
+    texts += [*_STATE_PREFIXES, *_CHANGE_PREFIXES, *_STATE_SUFFIXES, *_ASK_PREFIXES, *_ASK_PHRASES, *_CHANGE_REPEATS]
+    texts += [*_PLAIN_ACKS, *_CHANGE_ACKS, UNKNOWN_ANSWER]
+    return frozenset(re.findall(r"[a-z]+", " ".join(texts).lower()))
+
+
+# A generated name is never a word that the dialogues use otherwise, nor (in training) a real test name.
+_USED_WORDS = _all_words()
+_REAL_WORDS = frozenset(name.lower() for name in OPEN_REAL_NAMES)
+
+_SIMPLE = _words("b c d f g h j k l m n p r s t v w b d l m n r s t k z q x y")
+_CLUSTERS = _words("bl br ch cl cr dr fl fr gl gr kl kr ph pl pr qu sc sh sk sl sm sn sp st str sw th tr tw wh")
+_VOWELS = _words("a e i o u " * 6 + "a e i o a e y y ai au ea ee ei ia ie io oa oo ou ua")
+_CODAS = _words("b d f g k l m n p r s t x z ck ff ll lt mp nd ng nk nt rd rk rl rn rt sh sk ss st th tch x z")
+_ENDINGS = _words(
+    "a o y ie ey us el en in on er ar ix ax ox is as os ine elle etta ito ina wen ton ley bert mond ard ius ora ette "
+    "wick ald ian ique zo za ka ko ki mi ro"
+)
+_DOUBLES = _words("bb cc dd ff gg ll mm nn pp rr ss tt zz")
+_LETTERS = "aaaabbccdddeeeeeffgghhiiiijjkkllllmmmnnnnooooppqrrrrssssttttuuuvvwwxxyyzz"
+
+
+def _pick(rng: Random, items: Sequence[Any]) -> Any:
+    return items[int(rng.random() * len(items))]
+
+
+def _onset(rng: Random) -> str:
+    return _pick(rng, _CLUSTERS if rng.random() < 0.3 else _SIMPLE)
+
+
+def _letters(rng: Random) -> str:
+    """A word of random letters in which neither vowels nor consonants run longer than three."""
+    word = ""
+    for _ in range(3 + int(rng.random() * 7)):
+        letter = _pick(rng, _LETTERS)
+        run = word[-2:] + letter
+        if len(run) == 3 and len({char in "aeiouy" for char in run}) == 1:
+            letter = _pick(rng, "aeiou" if letter not in "aeiouy" else "bdgklmnprstvxz")
+        word += letter
+    return word
+
+
+def _raw_name(rng: Random) -> str:
+    kind = rng.random()
+    if kind < 0.08:
+        return _letters(rng)
+    start = _pick(rng, "aeiou") if rng.random() < 0.12 else _onset(rng) + _pick(rng, _VOWELS)
+    if kind < 0.27:  # Rex, Finn
+        return start + _pick(rng, _CODAS)
+    if kind < 0.42:  # Ziggy, Bonnie
+        return start + _pick(rng, _DOUBLES) + _pick(rng, ("y", "ie", "o", "a", "er", "i", "in"))
+    if kind < 0.62:  # Milo, Pixel
+        return start + _onset(rng) + _pick(rng, _ENDINGS)
+    if kind < 0.8:  # Barton, Xanthe
+        return start + _pick(rng, _CODAS) + _onset(rng) * (rng.random() < 0.3) + _pick(rng, _ENDINGS)
+    word = start
+    for _ in range(1 + int(rng.random() * 2)):
+        word += _onset(rng) + _pick(rng, _VOWELS)
+    return word + (_pick(rng, _CODAS) if rng.random() < 0.4 else "")
+
+
+def is_test_name(word: str) -> bool:
+    """Whether a generated name belongs to the tenth that training never sees."""
+    return crc32(word.lower().encode()) % 10 == 0
+
+
+def open_name(rng: Random, split: str) -> str:
+    """A capitalised name of 3-9 letters; split "open" draws from the test part, every other split from the rest."""
+    while True:
+        word = _raw_name(rng)
+        if not 3 <= len(word) <= 9 or word in _USED_WORDS or word in _REAL_WORDS:
+            continue
+        if is_test_name(word) == (split == "open"):
+            return word.capitalize()
+
+
+class Interaction(TypedDict):
+    """One turn. For statements of two facts `also` holds the second; distances count turns, for questions only."""
+
+    query: str
+    answer: str
+    kind: str
+    attribute: str | None
+    value: str | None
+    also: list[tuple[str, str]]
+    stale: list[str]
+    distance: int | None
+    distance_stated: int | None
+    live_facts: int
+
+
+class Dialogue(TypedDict):
+    seed: int
+    split: str
+    interactions: list[Interaction]
+
+
+@dataclass
+class _Fact:
+    attribute: Attribute
+    value: str
+    stated: int
+    said: int
+    stale: list[str] = field(default_factory=list)
+
+
+def _lower_first(text: str) -> str:
+    keep = text.startswith(("I ", "I'", "{"))
+    return text if keep else text[0].lower() + text[1:]
+
+
+def _with_article(value: str) -> str:
+    return ("an " if value[0].lower() in "aeiou" else "a ") + value
+
+
+def _fill(template: str, value: str) -> str:
+    return template.replace("{av}", _with_article(value)).replace("{v}", value)
+
+
+def _noisy(template: str) -> str:
+    """The template as a hurried user types it; values keep their case."""
+    return template.lower().replace("'", "").rstrip(".?!")
+
+
+class _Writer:
+    """Writes one dialogue turn by turn."""
+
+    def __init__(self, rng: Random, split: str, p_open: float, p_noise: float, max_live: int) -> None:
+        self.rng, self.split, self.p_open, self.p_noise = rng, split, p_open, p_noise
+        self.names = _OPEN_NAMES if split == "open" else tuple(ATTRIBUTES)
+        self.max_live = min(max_live, len(self.names))
+        self.facts: dict[str, _Fact] = {}
+        self.turn = 0
+
+    def value_for(self, attribute: Attribute, exclude: Sequence[str] = ()) -> str:
+        rng = self.rng
+        if attribute.is_open and rng.random() < self.p_open:
+            real = self.split == "open" and rng.random() < 0.5
+            name = _pick(rng, OPEN_REAL_NAMES) if real else open_name(rng, self.split)
+            name = name.lower() if attribute.value_type == "word" else name
+            return name if name not in exclude else self.value_for(attribute, exclude)
+        pool = _TRAIN_VALUES[attribute.name]
+        if self.split == "unseen" and rng.random() < 0.9:
+            current = exclude[-1:]
+            pool = [v for v in _HELD_VALUES[attribute.name] if v not in current] or pool
+        fresh = [v for v in pool if v not in exclude] or [v for v in pool if v not in exclude[-1:]]
+        return _pick(rng, fresh)
+
+    def new_fact(self) -> _Fact:
+        free = [name for name in self.names if name not in self.facts]
+        attribute = ATTRIBUTES[_pick(self.rng, free)]
+        fact = _Fact(attribute, self.value_for(attribute), self.turn, self.turn)
+        self.facts[attribute.name] = fact
+        return fact
+
+    def query(self, template: str, *values: str) -> str:
+        if self.rng.random() < self.p_noise:
+            template = _noisy(template)
+        parts = template.split("{&}")
+        texts = [_fill(part, value) for part, value in zip(parts, values, strict=True)] if values else parts
+        return "".join(texts)
+
+    def state(self, p_two: float) -> Interaction:
+        rng = self.rng
+        facts = [self.new_fact()]
+        if rng.random() < p_two and len(self.facts) < self.max_live:
+            facts.append(self.new_fact())
+        template = _pick(rng, facts[0].attribute.statements)
+        if len(facts) == 2:
+            second = _pick(rng, facts[1].attribute.statements)
+            template = template.rstrip(".") + " and {&}" + _lower_first(second)
+        elif rng.random() < 0.3:
+            template = _pick(rng, _STATE_PREFIXES) + _lower_first(template)
+        elif rng.random() < 0.08:
+            template += _pick(rng, _STATE_SUFFIXES)
+        query = self.query(template, *(fact.value for fact in facts))
+        also = [(fact.attribute.name, fact.value) for fact in facts[1:]]
+        return self.turn_of(query, self.acknowledge(facts, _REPEATS, _PLAIN_ACKS), "state", facts[0], also=also)
+
+    def overwrite(self) -> Interaction:
+        rng = self.rng
+        fact = self.facts[_pick(rng, list(self.facts))]
+        past = [*fact.stale, fact.value]
+        fact.value = self.value_for(fact.attribute, past)
+        fact.stale = [value for value in past if value != fact.value]
+        fact.stated = fact.said = self.turn
+        style = rng.random()
+        template = _pick(rng, fact.attribute.changes if style < 0.35 else fact.attribute.statements)
+        if 0.25 < style < 0.6:
+            template = _pick(rng, _CHANGE_PREFIXES) + _lower_first(template)
+        elif 0.6 < style < 0.75 and template.endswith("{v}."):
+            template = template[:-1] + " now."
+        query = self.query(template, fact.value)
+        return self.turn_of(query, self.acknowledge([fact], _CHANGE_REPEATS, _CHANGE_ACKS), "overwrite", fact)
+
+    def acknowledge(self, facts: Sequence[_Fact], repeats: Sequence[str], plain: Sequence[str]) -> str:
+        if self.rng.random() < 1 / 3:
+            return _pick(self.rng, plain)
+        sentences = [_fill(_pick(self.rng, fact.attribute.answers), fact.value) for fact in facts]
+        return _pick(self.rng, repeats) + " ".join([_lower_first(sentences[0]), *sentences[1:]])
+
+    def question(self, attribute: Attribute) -> str:
+        rng = self.rng
+        style = rng.random()
+        if style < 0.4:
+            template = _pick(rng, _ASK_PHRASES).replace("{np}", _pick(rng, attribute.noun_phrases))
+        else:
+            template = _pick(rng, attribute.questions)
+            if style > 0.8:
+                template = _pick(rng, _ASK_PREFIXES) + _lower_first(template)
+        return self.query(template)
+
+    def ask(self, fact: _Fact) -> Interaction:
+        answer = _fill(_pick(self.rng, fact.attribute.answers), fact.value)
+        turn = self.turn_of(self.question(fact.attribute), answer, "ask", fact)
+        turn["distance"], turn["distance_stated"] = self.turn - fact.said, self.turn - fact.stated
+        fact.said = self.turn
+        return turn
+
+    def ask_unknown(self) -> Interaction:
+        name = _pick(self.rng, [name for name in ATTRIBUTES if name not in self.facts])
+        turn = self.turn_of(self.question(ATTRIBUTES[name]), UNKNOWN_ANSWER, "unknown")
+        turn["attribute"] = name
+        return turn
+
+    def chat(self) -> Interaction:
+        query, answers = _pick(self.rng, CHAT)
+        return self.turn_of(self.query(query), _pick(self.rng, answers), "chat")
+
+    def turn_of(
+        self,
+        query: str,
+        answer: str,
+        kind: str,
+        fact: _Fact | None = None,
+        also: list[tuple[str, str]] | None = None,
+    ) -> Interaction:
+        return Interaction(
+            query=query,
+            answer=answer,
+            kind=kind,
+            attribute=fact.attribute.name if fact else None,
+            value=fact.value if fact else None,
+            also=also or [],
+            stale=list(fact.stale) if fact else [],
+            distance=None,
+            distance_stated=None,
+            live_facts=len(self.facts),
+        )
+
+    def askable(self) -> list[_Fact]:
+        facts = list(self.facts.values())
+        if self.split == "unseen":
+            facts = [fact for fact in facts if (fact.attribute.name, fact.value) in HELD_OUT_PAIRS]
+        return facts
+
+    def next(self, weights: Sequence[float], p_unknown: float, p_two: float) -> Interaction:
+        rng = self.rng
+        draw = rng.random() * sum(weights)
+        kind = "chat"
+        for name, weight in zip(("state", "overwrite", "ask", "chat"), weights, strict=True):
+            if draw < weight:
+                kind = name
+                break
+            draw -= weight
+        if kind == "ask":
+            if rng.random() < p_unknown and len(self.facts) < len(ATTRIBUTES):
+                return self.ask_unknown()
+            if facts := self.askable():
+                return self.ask(_pick(rng, facts))
+            kind = "state"
+        if kind == "overwrite" and not self.facts:
+            kind = "state"
+        if kind == "state":
+            kind = "state" if len(self.facts) < self.max_live else "overwrite"
+        if kind == "chat" or self.max_live < 1:
+            return self.chat()
+        return self.state(p_two) if kind == "state" else self.overwrite()
+
+
+def generate_dialogue(
+    seed: int,
+    *,
+    split: str = "train",
+    num_turns: int = 8,
+    p_state: float = 0.38,
+    p_overwrite: float = 0.10,
+    p_ask: float = 0.37,
+    p_chat: float = 0.15,
+    p_unknown: float = 0.12,
+    p_open: float | None = None,
+    p_two: float = 0.1,
+    p_noise: float = 0.15,
+    max_live_facts: int | None = None,
+) -> Dialogue:
+    """Write the dialogue of a seed; turns that are impossible (a question before any fact) become statements."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
+    default_open = {"train": 0.5, "open": 1.0}.get(split, 0.0)
+    writer = _Writer(
+        Random(f"{split}:{seed}"),
+        split,
+        default_open if p_open is None else p_open,
+        p_noise,
+        len(ATTRIBUTES) if max_live_facts is None else max_live_facts,
+    )
+    turns = []
+    for writer.turn in range(num_turns):
+        turns.append(writer.next((p_state, p_overwrite, p_ask, p_chat), p_unknown, p_two))
+    return Dialogue(seed=seed, split=split, interactions=turns)
+
+
+def iterate_dialogues(start_seed: int, **kwargs: Any) -> Iterator[Dialogue]:
+    """Dialogues of start_seed, start_seed + 1, ... without end."""
+    seed = start_seed
+    while True:
+        yield generate_dialogue(seed, **kwargs)
+        seed += 1
+
+
+def corpus_texts(num_dialogues: int, start_seed: int = 1_000_000, **kwargs: Any) -> Iterator[str]:
+    """Queries and answers of training dialogues, to train a tokenizer on."""
+    for seed in range(start_seed, start_seed + num_dialogues):
+        for turn in generate_dialogue(seed, split="train", **kwargs)["interactions"]:
+            yield turn["query"]
+            yield turn["answer"]
+
+
+def contains_value(text: str, value: str) -> bool:
+    """Whether the value stands in the text as whole words, in exactly this case."""
+    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text) is not None
+
+
+def score_answer(interaction: Interaction, answer_text: str) -> dict[str, bool]:
+    """Judge an answer: `correct` is the current value for questions, "not told" for unknown ones, else equality."""
+    value, kind = interaction["value"], interaction["kind"]
+    right = value is not None and contains_value(answer_text, value)
+    old = any(contains_value(answer_text, stale) for stale in interaction["stale"])
+    abstained = "not told me" in answer_text
+    if kind == "ask":
+        correct = right and not old
+    elif kind == "unknown":
+        correct = abstained
+    else:
+        correct = answer_text.strip() == interaction["answer"]
+    return {"correct": correct, "stale": old and not right, "abstained": abstained}

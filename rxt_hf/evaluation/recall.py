@@ -1,0 +1,221 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Recall of facts over turns, greedy and closed loop: the model's own answers are what its memory, or its history, holds.
+
+    python -m rxt_hf.evaluation.recall MODEL --split seen --turns 8 --dialogues 100
+"""
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from typing import Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from ..cache_rxt import STMCache
+from ..chat_template import encode_interactions
+from ..data.collator import RxTEpisodeCollator
+from ..data.facts import generate_dialogue, score_answer
+
+FIRST_TEST_SEED = 1_000
+Control = Literal["none", "other_memory", "cleared_memory"]
+
+
+def left_padded(rows: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask` of (rows, longest row)."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_token_id] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+class RxTArm:
+    """Answers one turn of many dialogues from their memories."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, control: Control = "none"):
+        self.model, self.tokenizer, self.control = model, tokenizer, control
+        self.stm_cache: STMCache | None = None
+
+    def answer(self, queries: list[str], max_new_tokens: int) -> list[str]:
+        prompts = encode_interactions(self.tokenizer, queries)["input_ids"]
+        inputs = left_padded(prompts, self.tokenizer.pad_token_id)
+        memory = self.model.init_stm(len(queries)) if self.stm_cache is None else self.stm_cache
+        out = self.model.generate(**inputs, stm_cache=memory, max_new_tokens=max_new_tokens, do_sample=False)
+        self.stm_cache = out.stm_cache
+        if self.control != "none":
+            # the memory is written as ever; only what this turn reads is another's, or nothing
+            read = self.model.init_stm(len(queries))
+            if self.control == "other_memory":
+                read = memory.select(torch.arange(len(queries)).roll(1))
+            out = self.model.generate(
+                **inputs, stm_cache=read, update_memory=False, max_new_tokens=max_new_tokens, do_sample=False
+            )
+        return self.tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+class HistoryArm:
+    """Answers from the text of the conversation: all of it, or of the current turn only."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, full_history: bool):
+        self.model, self.tokenizer, self.full_history = model, tokenizer, full_history
+        self.histories: list[list[int]] | None = None
+
+    def answer(self, queries: list[str], max_new_tokens: int) -> list[str]:
+        histories = self.histories or [[] for _ in queries]
+        prompts = encode_interactions(self.tokenizer, queries)["input_ids"]
+        prompts = [history + prompt for history, prompt in zip(histories, prompts, strict=True)]
+        inputs = left_padded(prompts, self.tokenizer.pad_token_id)
+        sequences = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        if self.full_history:
+            pad = self.tokenizer.pad_token_id
+            self.histories = [
+                prompt + [token for token in answer if token != pad]
+                for prompt, answer in zip(prompts, answers, strict=True)
+            ]
+        return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+
+def make_arm(model, tokenizer, arm: str, control: Control = "none") -> RxTArm | HistoryArm:
+    if arm == "rxt":
+        return RxTArm(model, tokenizer, control)
+    return HistoryArm(model, tokenizer, full_history=arm == "full_history")
+
+
+@torch.no_grad()
+def recall(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    split: str = "seen",
+    num_turns: int = 8,
+    num_dialogues: int = 100,
+    arm: str = "rxt",
+    control: Control = "none",
+    first_seed: int = FIRST_TEST_SEED,
+    max_new_tokens: int = 32,
+    **dialogue_kwargs,
+) -> dict:
+    """
+    Plays dialogues of a test split and scores every question.
+
+    Returns: recall (share of asked facts whose value is answered), its 95 % half-width, stale (share of questions
+    about an overwritten fact answered with an older value), abstention on questions about facts not told, and recall
+    by distance in turns and by number of live facts.
+    """
+    model.eval()
+    dialogues = [
+        generate_dialogue(first_seed + row, split=split, num_turns=num_turns, **dialogue_kwargs)["interactions"]
+        for row in range(num_dialogues)
+    ]
+    player = make_arm(model, tokenizer, arm, control)
+    asked, stale, unknown, chat = [], [], [], []
+    for turn in range(num_turns):
+        interactions = [dialogue[turn] for dialogue in dialogues]
+        answers = player.answer([interaction["query"] for interaction in interactions], max_new_tokens)
+        for interaction, answer in zip(interactions, answers, strict=True):
+            score = score_answer(interaction, answer)
+            if interaction["kind"] == "ask":
+                asked.append((score["correct"], interaction["distance"], interaction["live_facts"]))
+                if interaction["stale"]:
+                    stale.append(score["stale"])
+            elif interaction["kind"] == "unknown":
+                unknown.append(score["correct"])
+            elif interaction["kind"] == "chat":
+                chat.append(score["correct"])
+    value = mean([correct for correct, _, _ in asked])
+    return {
+        "arm": arm,
+        "control": control,
+        "split": split,
+        "turns": num_turns,
+        "questions": len(asked),
+        "recall": value,
+        "recall_ci95": None if not asked else round(1.96 * math.sqrt(value * (1 - value) / len(asked)), 4),
+        "stale": mean(stale),
+        "stale_questions": len(stale),
+        "abstention": mean(unknown),
+        "chat": mean(chat),
+        "by_distance": by_bucket((distance, correct) for correct, distance, _ in asked),
+        "by_live_facts": by_bucket((live, correct) for correct, _, live in asked),
+    }
+
+
+def mean(values: list[bool]) -> float | None:
+    return round(sum(values) / len(values), 4) if values else None
+
+
+def by_bucket(pairs) -> dict[str, list]:
+    """[share correct, number] for the ranges 1, 2, 3-4, 5-8, 9-16, 17-32, 33-64."""
+    buckets = defaultdict(list)
+    for size, correct in pairs:
+        top = 1 << max(0, (size - 1).bit_length())
+        buckets[top].append(correct)
+    return {
+        (f"{top // 2 + 1}-{top}" if top > 2 else str(top)): [mean(values), len(values)]
+        for top, values in sorted(buckets.items())
+    }
+
+
+@torch.no_grad()
+def answer_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    split: str = "seen",
+    num_turns: int = 8,
+    num_dialogues: int = 64,
+    arm: str = "rxt",
+    first_seed: int = FIRST_TEST_SEED,
+) -> float:
+    """Perplexity of the reference answers' tokens, teacher forced, with equal label masks for every arm."""
+    model.eval()
+    collate = RxTEpisodeCollator(tokenizer.pad_token_id)
+    total, count = 0.0, 0
+    for row in range(num_dialogues):
+        turns = generate_dialogue(first_seed + row, split=split, num_turns=num_turns)["interactions"]
+        episode = encode_interactions(tokenizer, [turn["query"] for turn in turns], [turn["answer"] for turn in turns])
+        if arm == "rxt":
+            features = [episode]
+        elif arm == "current_turn":
+            features = [{name: episode[name][turn] for name in episode} for turn in range(num_turns)]
+        else:
+            features = [{name: [token for turn in episode[name] for token in turn] for name in episode}]
+        batch = collate(features)
+        labels = batch.pop("labels")[..., 1:]
+        logits = model(**batch).logits[..., :-1, :].float()
+        real = labels != -100
+        total += torch.nn.functional.cross_entropy(logits[real], labels[real], reduction="sum").item()
+        count += int(real.sum())
+    return math.exp(total / count)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Recall of facts over turns")
+    parser.add_argument("model")
+    parser.add_argument("--arm", default="rxt", choices=["rxt", "full_history", "current_turn"])
+    parser.add_argument("--control", default="none", choices=["none", "other_memory", "cleared_memory"])
+    parser.add_argument("--split", nargs="+", default=["seen"])
+    parser.add_argument("--turns", type=int, nargs="+", default=[8])
+    parser.add_argument("--dialogues", type=int, default=100)
+    options = parser.parse_args(argv)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model)
+    for split in options.split:
+        for turns in options.turns:
+            result = recall(
+                model,
+                tokenizer,
+                split=split,
+                num_turns=turns,
+                num_dialogues=options.dialogues,
+                arm=options.arm,
+                control=options.control,
+            )
+            print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

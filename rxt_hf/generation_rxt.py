@@ -1,0 +1,203 @@
+# Copyright 2026 the rxt_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`generate` with a memory that goes in and comes out."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation import (
+    GenerateBeamDecoderOnlyOutput,
+    GenerateDecoderOnlyOutput,
+    GenerationConfig,
+    GenerationMixin,
+)
+
+from .cache_rxt import STMCache, as_stm_cache
+
+
+@dataclass
+class RxTGenerateOutput(GenerateDecoderOnlyOutput):
+    """
+    Output of [`RxTForCausalLM.generate`].
+
+    Args:
+        stm_cache ([`STMCache`]): the memory after this turn, one row for each row of `sequences`; the memory that was
+            passed in if `update_memory=False`.
+    """
+
+    stm_cache: STMCache | None = None
+
+
+@dataclass
+class RxTGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
+    """
+    Output of [`RxTForCausalLM.generate`] with beams.
+
+    Args:
+        stm_cache ([`STMCache`]): as in [`RxTGenerateOutput`].
+    """
+
+    stm_cache: STMCache | None = None
+
+
+def interaction_mask(sequences, prompt_mask, eos_token_ids, pad_token_id):
+    """1 at the prompt's tokens and at the answer's, up to and including the first end token; 0 behind it."""
+    answer = sequences[:, prompt_mask.shape[1] :]
+    ends = torch.isin(answer, torch.tensor(eos_token_ids, dtype=answer.dtype, device=answer.device))
+    after_end = (ends.cumsum(-1) - ends.long()) > 0
+    if pad_token_id is not None and pad_token_id not in eos_token_ids:
+        # rows that another criterion stopped are filled up with padding
+        after_end |= (answer == pad_token_id).flip(-1).cumprod(-1).flip(-1).bool()
+    return torch.cat([prompt_mask.to(torch.long), (~after_end).long()], dim=-1)
+
+
+class RxTGenerationMixin(GenerationMixin):
+    """`generate` of transformers, which reads the memory and then writes the finished interaction into it."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        stm_cache: STMCache | torch.Tensor | None = None,
+        update_memory: bool | None = None,
+        **kwargs,
+    ) -> RxTGenerateOutput | RxTGenerateBeamOutput | torch.LongTensor:
+        r"""
+        One turn of a conversation. Takes every argument of [`~GenerationMixin.generate`], and:
+
+        Args:
+            stm_cache ([`STMCache`] or `torch.Tensor`, *optional*): the memory of the turns before, one row for each
+                row of the prompt; by default the initial one. It is not changed. Passing it also asks for the output
+                object.
+            update_memory (`bool`, *optional*, defaults to `generation_config.update_memory`, else `True`): whether
+                the interaction is written into the returned memory. The write starts after the last token has gone
+                to the streamer.
+
+        Returns: [`RxTGenerateOutput`] (beams: [`RxTGenerateBeamOutput`]) with `stm_cache` set if `stm_cache` or
+        `return_dict_in_generate=True` was given, else the sequences alone (then nothing is written). With
+        `num_return_sequences` each returned sequence comes with a memory of its own.
+
+        Raises: `ValueError` for a memory that does not fit the model or the prompt, for a prompt longer than
+        `max_position_embeddings`, and for modes that cannot keep a memory (`cache_implementation="paged"`).
+        """
+        if generation_config is not None and generation_config.is_assistant:
+            return self._draft(inputs, generation_config, stm_cache, **kwargs)
+        config, _ = self._prepare_generation_config(generation_config, **kwargs)
+        if config.cache_implementation == "paged":
+            raise ValueError('cache_implementation="paged" would lose the memory; use "dynamic" or "static".')
+        if update_memory is None:
+            update_memory = getattr(config, "update_memory", True)
+        if not isinstance(update_memory, bool):
+            raise ValueError(f"update_memory must be True or False, got {update_memory!r}.")
+
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        embeds = kwargs.get("inputs_embeds")
+        prompt_mask = self._prompt_mask(ids, embeds, kwargs.get("attention_mask"), config)
+        batch_size = prompt_mask.shape[0]
+        returns_dict = stm_cache is not None or bool(config.return_dict_in_generate)
+        if stm_cache is None:
+            stm_cache = self.init_stm(batch_size) if returns_dict else self.model.initial_states(batch_size)
+        stm_cache = as_stm_cache(stm_cache, batch_size=batch_size, config=self.config)
+        if ids is not None or embeds is not None:
+            kwargs["attention_mask"] = prompt_mask
+        kwargs["return_dict_in_generate"] = returns_dict
+        output = super().generate(inputs, generation_config, stm_cache=stm_cache.states, **kwargs)
+        if not returns_dict:
+            return output
+
+        copies = output.sequences.shape[0] // batch_size
+        if copies > 1:
+            stm_cache, prompt_mask = stm_cache.repeat(copies), prompt_mask.repeat_interleave(copies, dim=0)
+        if update_memory:
+            stm_cache = self._write_turn(stm_cache, output.sequences, ids, embeds, prompt_mask, config)
+        output_class = RxTGenerateOutput
+        if isinstance(output, GenerateBeamDecoderOnlyOutput):
+            output_class = RxTGenerateBeamOutput
+        return output_class(**output, stm_cache=stm_cache)
+
+    def _prompt_mask(self, ids, embeds, attention_mask, config):
+        """The prompt's mask, as transformers infers it where none is given; refuses what is no prompt."""
+        if ids is None and embeds is None:
+            # the lone begin-of-sequence token that transformers starts from
+            return torch.ones((1, 1), dtype=torch.long, device=self.device)
+        shape = (ids if embeds is None else embeds).shape[:2]
+        if shape[1] == 0:
+            raise ValueError("The prompt is empty: generate needs at least one token.")
+        if shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"The prompt has {shape[1]} tokens, one interaction at most "
+                f"max_position_embeddings={self.config.max_position_embeddings}; shorten the query."
+            )
+        if attention_mask is not None:
+            return attention_mask
+        pad, ends = config.pad_token_id, _as_list(config.eos_token_id)
+        if embeds is None and pad is not None and pad not in ends:
+            return (ids != pad).long()
+        return torch.ones(shape, dtype=torch.long, device=(ids if embeds is None else embeds).device)
+
+    def _write_turn(self, stm_cache, sequences, ids, embeds, prompt_mask, config):
+        """Writes prompt and answer, up to each row's own end, into the memory."""
+        ends = _as_list(config.eos_token_id)
+        pad = config.pad_token_id
+        if embeds is None:
+            mask = interaction_mask(sequences, prompt_mask, ends, pad)
+            return self.update_memory(stm_cache, sequences, mask.to(sequences.device))
+        answer = sequences if ids is None else sequences[:, ids.shape[1] :]
+        answer_mask = interaction_mask(answer, prompt_mask[:, :0], ends, pad)
+        copies = answer.shape[0] // embeds.shape[0]
+        embeds = torch.cat([embeds.repeat_interleave(copies, dim=0), self.get_input_embeddings()(answer)], dim=1)
+        return self.update_memory(
+            stm_cache, inputs_embeds=embeds, attention_mask=torch.cat([prompt_mask, answer_mask], 1)
+        )
+
+    def _draft(self, inputs, generation_config, stm_cache, **kwargs):
+        """
+        Candidates for another model's assisted decoding: nothing is written, and the other model's memory is read
+        where it fits this one, else the initial one. A draft changes the speed, never the tokens.
+        """
+        expected = (self.config.num_memory_layers, self.config.num_memory_slots, self.config.hidden_size)
+        if stm_cache is not None and tuple(stm_cache.shape[1:]) != expected:
+            stm_cache = self.model.initial_states(stm_cache.shape[0])
+        return super().generate(inputs, generation_config, stm_cache=stm_cache, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """Adds the cross part, which the first forward fills with the memory's keys and values."""
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and not isinstance(cache, EncoderDecoderCache):
+            model_kwargs["past_key_values"] = EncoderDecoderCache(cache, DynamicCache())
+
+    def _get_candidate_generator(self, *args, assistant_model=None, model_kwargs=None, **kwargs):
+        """A draft model of another family has no memory to read."""
+        if assistant_model is not None and not isinstance(assistant_model, RxTGenerationMixin):
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name != "stm_cache"}
+        return super()._get_candidate_generator(
+            *args, assistant_model=assistant_model, model_kwargs=model_kwargs, **kwargs
+        )
+
+    def generate_batch(self, *args, **kwargs):
+        """Continuous batching shares one paged cache between requests and has no place for a memory: it raises."""
+        raise ValueError("generate_batch would lose the memory; call generate with a batch of prompts instead.")
+
+
+def _as_list(token_ids) -> list[int]:
+    if token_ids is None:
+        return []
+    return [token_ids] if isinstance(token_ids, int) else list(token_ids)
+
+
+__all__ = ["RxTGenerateBeamOutput", "RxTGenerateOutput", "RxTGenerationMixin"]

@@ -1,0 +1,1135 @@
+# Copyright 2026 the rxt_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The Reactive Transformer (arXiv 2510.03561): decoder, memory encoder, memory attention, and the causal LM."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .cache_rxt import StateError, STMCache, as_stm_cache
+from .configuration_rxt import RxTConfig
+from .generation_rxt import RxTGenerationMixin
+
+logger = logging.get_logger(__name__)
+
+
+@auto_docstring
+@dataclass
+class RxTModelOutputWithPast(ModelOutput):
+    r"""
+    Output of [`RxTModel`]. For an episode the leading dimension of `hidden_states`, `attentions` and
+    `cross_attentions` is `batch_size * turns`.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, tokens, hidden_size)`):
+            Hidden states after the last layer and norm; `(batch_size, turns, tokens, hidden_size)` for an episode.
+        past_key_values (`EncoderDecoderCache`, *optional*): keys and values of this interaction; the cross part holds
+            those of the memory.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*): input and output of each decoder layer.
+        attentions (`tuple(torch.FloatTensor)`, *optional*): weights of each self-attention.
+        cross_attentions (`tuple(torch.FloatTensor)`, *optional*): weights of each memory cross-attention, of shape
+            `(batch_size, num_heads, tokens, num_memory_slots)`.
+        router_logits (`tuple(torch.FloatTensor)`, *optional*): router logits of each mixture-of-experts layer.
+        stm_cache (`STMCache`, *optional*): the memory that was read; for an episode the memory after its last turn.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    stm_cache: STMCache | None = None
+
+
+@auto_docstring
+@dataclass
+class RxTCausalLMOutputWithPast(ModelOutput):
+    r"""
+    Output of [`RxTForCausalLM`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*): next-token loss, router loss included.
+        logits (`torch.FloatTensor` of shape `(batch_size, tokens, vocab_size)`): prediction scores;
+            `(batch_size, turns, tokens, vocab_size)` for an episode, `None` for one that is recomputed turn by turn.
+        past_key_values (`EncoderDecoderCache`, *optional*): see [`RxTModelOutputWithPast`].
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
+        attentions (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
+        cross_attentions (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
+        router_logits (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
+        aux_loss (`torch.FloatTensor`, *optional*): load-balancing loss of the experts over unpadded tokens.
+        last_hidden_state (`torch.FloatTensor`, *optional*): what the head was given.
+        stm_cache (`STMCache`, *optional*): see [`RxTModelOutputWithPast`].
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+    aux_loss: torch.FloatTensor | None = None
+    last_hidden_state: torch.FloatTensor | None = None
+    stm_cache: STMCache | None = None
+
+
+def upcast(tensor: torch.Tensor) -> torch.Tensor:
+    """At least float32: half precisions are widened, float64 stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class RxTRMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        input_dtype = hidden_states.dtype
+        hidden_states = upcast(hidden_states)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class RxTRotaryEmbedding(nn.Module):
+    def __init__(self, config: RxTConfig):
+        super().__init__()
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn: Callable = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: RxTConfig, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies `rope_theta ** (-2 j / head_dim)`, and the scaling 1 of cosine and sine."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        emb = torch.cat((freqs, freqs), dim=-1)
+        cos = emb.cos() * self.attention_scaling
+        sin = emb.sin() * self.attention_scaling
+        return cos.to(dtype=x.dtype), sin.to(dtype=x.dtype)
+
+
+def rotate(states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotary position embedding of (batch, heads, tokens, head_dim) in the half-split layout of Llama."""
+    cos, sin = (table.unsqueeze(1) for table in position_embeddings)
+    first, second = states.chunk(2, dim=-1)
+    return (states * cos) + (torch.cat((-second, first), dim=-1) * sin)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(upcast(weights), dim=-1).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    output = torch.matmul(weights, value).transpose(1, 2).contiguous()
+    return output, weights
+
+
+class RxTZeroLinear(nn.Linear):
+    """A linear layer that `_init_weights` fills with zeros."""
+
+
+class RxTAttention(nn.Module):
+    """
+    Attention with separate steps for queries, and for keys and values, so that those of a memory can be computed once
+    and used for many queries. Head counts are those of the role whose prefix is given; fewer heads than
+    `hidden_size // head_dim` is Sparse Query Attention.
+    """
+
+    is_causal = False
+
+    def __init__(
+        self,
+        config: RxTConfig,
+        layer_idx: int,
+        role: str = "",
+        *,
+        gated: bool = False,
+        use_qk_norm: bool = False,
+        zero_init: bool = False,
+    ):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        num_heads = getattr(config, f"{role}num_attention_heads")
+        num_key_value_heads = getattr(config, f"{role}num_key_value_heads")
+        self.num_key_value_groups = num_heads // num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        query_size, key_value_size = num_heads * self.head_dim, num_key_value_heads * self.head_dim
+        output_class = RxTZeroLinear if zero_init else nn.Linear
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = output_class(query_size, config.hidden_size, bias=config.attention_output_bias)
+        self.gate_proj = nn.Linear(config.hidden_size, query_size, bias=False) if gated else None
+        self.q_norm = RxTRMSNorm(self.head_dim, config.rms_norm_eps) if use_qk_norm else None
+        self.k_norm = RxTRMSNorm(self.head_dim, config.rms_norm_eps) if use_qk_norm else None
+
+    def queries(self, hidden_states, position_embeddings=None):
+        states = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim)
+        states = (states if self.q_norm is None else self.q_norm(states)).transpose(1, 2)
+        return states if position_embeddings is None else rotate(states, position_embeddings)
+
+    def keys_values(self, hidden_states, position_embeddings=None):
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        keys = self.k_proj(hidden_states).view(shape)
+        keys = (keys if self.k_norm is None else self.k_norm(keys)).transpose(1, 2)
+        keys = keys if position_embeddings is None else rotate(keys, position_embeddings)
+        return keys, self.v_proj(hidden_states).view(shape).transpose(1, 2)
+
+    def attend(self, hidden_states, queries, keys, values, attention_mask=None, **kwargs):
+        """Attention of projected states; `hidden_states` is what the queries, and the output gate, come from."""
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            queries,
+            keys,
+            values,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            is_causal=self.is_causal,
+            **kwargs,
+        )
+        output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
+        if self.gate_proj is not None:
+            output = output * torch.sigmoid(self.gate_proj(hidden_states))
+        return self.o_proj(output), weights
+
+    def forward(self, hidden_states, key_value_states=None, attention_mask=None, position_embeddings=None):
+        """Bidirectional attention over `key_value_states`, by default over `hidden_states` themselves."""
+        queries = self.queries(hidden_states, position_embeddings)
+        keys, values = self.keys_values(
+            hidden_states if key_value_states is None else key_value_states, position_embeddings
+        )
+        return self.attend(hidden_states, queries, keys, values, attention_mask)
+
+
+class RxTSelfAttention(RxTAttention):
+    """Causal self-attention of the decoder."""
+
+    is_causal = True
+
+    def __init__(self, config: RxTConfig, layer_idx: int):
+        super().__init__(config, layer_idx, gated=config.use_gated_attention, use_qk_norm=config.use_qk_norm)
+        self.use_rope = layer_idx not in (config.no_rope_layers or ())
+        # CODEPATH: converted Mistral and Qwen checkpoints slide, RxT presets do not
+        self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
+
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, **kwargs):
+        position_embeddings = position_embeddings if self.use_rope else None
+        queries = self.queries(hidden_states, position_embeddings)
+        keys, values = self.keys_values(hidden_states, position_embeddings)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        return self.attend(
+            hidden_states, queries, keys, values, attention_mask, sliding_window=self.sliding_window, **kwargs
+        )
+
+
+class RxTMemoryCrossAttention(RxTAttention):
+    """Tokens read the memory: queries are rotated by their position, slots have none and none is masked."""
+
+    def __init__(self, config: RxTConfig, layer_idx: int):
+        super().__init__(
+            config,
+            layer_idx,
+            "cross_attention_",
+            gated=config.use_gated_cross_attention,
+            zero_init=config.cross_attention_zero_init,
+        )
+
+    def forward(self, hidden_states, keys, values, position_embeddings):
+        return self.attend(hidden_states, self.queries(hidden_states, position_embeddings), keys, values)
+
+
+class RxTMLP(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str, bias: bool):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.act_fn = ACT2FN[hidden_act]
+
+    def forward(self, hidden_states):
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+@use_experts_implementation
+class RxTExperts(nn.Module):
+    """Experts as stacked tensors; the loop here is the `eager` implementation, transformers has faster ones."""
+
+    def __init__(self, config: RxTConfig):
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.gate_up_proj_bias = self.down_proj_bias = None
+        # CODEPATH: checkpoints of RxT-Alpha have biases, RxT presets do not
+        if config.mlp_bias:
+            self.gate_up_proj_bias = nn.Parameter(torch.empty(self.num_experts, 2 * self.intermediate_dim))
+            self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        output = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique():
+            token, choice = torch.where(top_k_index == expert)
+            biases = (None, None)
+            if self.has_bias:
+                biases = (self.gate_up_proj_bias[expert], self.down_proj_bias[expert])
+            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert], biases[0]).chunk(2, dim=-1)
+            update = F.linear(self.act_fn(gate) * up, self.down_proj[expert], biases[1])
+            output.index_add_(0, token, (update * top_k_weights[token, choice, None]).to(output.dtype))
+        return output
+
+
+class RxTTopKRouter(nn.Module):
+    """Softmax over all experts, the best `num_experts_per_tok` of them, renormalised."""
+
+    def __init__(self, config: RxTConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, hidden_states):
+        router_logits = F.linear(hidden_states, self.weight)
+        top_k_weights, top_k_index = torch.topk(F.softmax(upcast(router_logits), dim=-1), self.top_k, dim=-1)
+        top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True)
+        return router_logits, top_k_weights.to(hidden_states.dtype), top_k_index
+
+
+class RxTSparseMoeBlock(nn.Module):
+    def __init__(self, config: RxTConfig):
+        super().__init__()
+        self.gate = RxTTopKRouter(config)
+        self.experts = RxTExperts(config)
+        self.experts.has_bias = config.mlp_bias
+        shared = config.num_shared_experts
+        width, bias = config.shared_expert_intermediate_size, config.mlp_bias
+        self.shared_experts = nn.ModuleList(
+            [RxTMLP(config.hidden_size, width, config.hidden_act, bias) for _ in range(shared)]
+        )
+        self.shared_expert_gate = nn.Linear(config.hidden_size, shared, bias=False) if shared > 1 else None
+        self.routed_scale = self.shared_scale = 1.0
+        # CODEPATH: checkpoints of RxT-Beta may weight shared experts, RxT presets add them
+        if config.use_weighted_shared_experts and shared:
+            self.routed_scale = config.num_experts_per_tok / (config.num_experts_per_tok + shared)
+            self.shared_scale = 1.0 - self.routed_scale
+
+    def forward(self, hidden_states):
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, top_k_weights, top_k_index = self.gate(tokens)
+        output = self.experts(tokens, top_k_index, top_k_weights) * self.routed_scale
+        if len(self.shared_experts) == 1:
+            output = output + self.shared_experts[0](tokens) * self.shared_scale
+        elif self.shared_expert_gate is not None:
+            shares = F.softmax(self.shared_expert_gate(tokens), dim=-1).unsqueeze(1)
+            shared = torch.stack([expert(tokens) for expert in self.shared_experts], dim=-1)
+            output = output + (shared * shares).sum(dim=-1) * self.shared_scale
+        return output.reshape(hidden_states.shape)
+
+
+class RxTDecoderLayer(GradientCheckpointingLayer):
+    """Self-attention, memory cross-attention (in `memory_layers`), feed-forward; each with a norm before it."""
+
+    def __init__(self, config: RxTConfig, layer_idx: int):
+        super().__init__()
+        memory_layers = range(config.num_hidden_layers) if config.memory_layers is None else config.memory_layers
+        self.memory_idx = memory_layers.index(layer_idx) if layer_idx in memory_layers else None
+        self.input_layernorm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = RxTSelfAttention(config, layer_idx)
+        if self.memory_idx is not None:
+            self.memory_cross_attn_layernorm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.memory_layernorm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.memory_cross_attn = RxTMemoryCrossAttention(config, layer_idx)
+        self.post_attention_layernorm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        is_sparse = config.num_experts and (config.moe_layers is None or layer_idx in config.moe_layers)
+        self.mlp = (
+            RxTSparseMoeBlock(config)
+            if is_sparse
+            else RxTMLP(config.hidden_size, config.intermediate_size, config.hidden_act, config.mlp_bias)
+        )
+
+    def memory_keys_values(self, memory_states, past_key_values, dtype):
+        """Keys and values of this layer's memory: from the cross part of the cache, which is filled once a turn."""
+        cached = isinstance(past_key_values, EncoderDecoderCache)
+        if cached and past_key_values.is_updated.get(self.memory_idx):
+            layer = past_key_values.cross_attention_cache.layers[self.memory_idx]
+            return layer.keys, layer.values
+        memory = self.memory_layernorm(memory_states[:, self.memory_idx].to(dtype))
+        keys, values = self.memory_cross_attn.keys_values(memory)
+        if cached:
+            keys, values = past_key_values.cross_attention_cache.update(keys, values, self.memory_idx)
+            past_key_values.is_updated[self.memory_idx] = True
+        return keys, values
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        memory_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        within_turn = past_key_values
+        if isinstance(past_key_values, EncoderDecoderCache):
+            within_turn = past_key_values.self_attention_cache
+        update, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            past_key_values=within_turn,
+            **kwargs,
+        )
+        hidden_states = hidden_states + update
+        if self.memory_idx is not None:
+            keys, values = self.memory_keys_values(memory_states, past_key_values, hidden_states.dtype)
+            update, _ = self.memory_cross_attn(
+                self.memory_cross_attn_layernorm(hidden_states), keys, values, position_embeddings
+            )
+            hidden_states = hidden_states + update
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class RxTMemoryEncoderLayer(GradientCheckpointingLayer):
+    """Bidirectional self-attention and feed-forward."""
+
+    def __init__(self, config: RxTConfig, layer_idx: int):
+        super().__init__()
+        self.input_layernorm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = RxTAttention(
+            config,
+            layer_idx,
+            "memory_encoder_",
+            gated=config.use_gated_memory_encoder_attention,
+            use_qk_norm=config.use_qk_norm,
+        )
+        self.post_attention_layernorm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = RxTMLP(
+            config.hidden_size, config.memory_encoder_intermediate_size, config.hidden_act, config.mlp_bias
+        )
+
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None):
+        update, _ = self.self_attn(
+            self.input_layernorm(hidden_states), attention_mask=attention_mask, position_embeddings=position_embeddings
+        )
+        hidden_states = hidden_states + update
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class RxTMemoryEncoder(nn.Module):
+    """Encodes a finished interaction: one residual stream for each memory layer, without a final norm."""
+
+    def __init__(self, config: RxTConfig):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(
+            [RxTMemoryEncoderLayer(config, layer_idx) for layer_idx in range(config.num_memory_layers)]
+        )
+
+    def forward(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> list[torch.Tensor]:
+        mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
+        )
+        hidden_states, encoded_states = inputs_embeds, []
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, mask, position_embeddings)
+            encoded_states.append(hidden_states)
+        return encoded_states
+
+
+class RxTGateLinear(nn.Linear):
+    """The linear layer of a residual gate: its bias starts at `memory_gate_init`."""
+
+
+class RxTResidualGate(nn.Module):
+    r"""
+    Blends the memory with its update (arXiv 2510.03561, residual gates), in float32 at least:
+
+        sigmoid   (1 - sigmoid(g)) * old + sigmoid(g) * new
+        tanh      (1 - tanh(g)) * old + (1 + tanh(g)) * new
+        none      old + new
+
+    The logits `g` are a parameter (`memory_gate_type="static"`), a parameter times a status (`"elementwise"`), or a
+    linear map of it (`"linear"`): one for each layer, slot or element (`memory_gate_granularity`). A slot's status
+    (`memory_gate_status`) is the mean of `old + new`, a learned projection of it, or the slot itself: for `"linear"`
+    both `old` and `new`, for `"elementwise"` their sum.
+    """
+
+    def __init__(self, config: RxTConfig):
+        super().__init__()
+        self.gate_type = config.memory_gate_type
+        self.activation = config.memory_gate_activation
+        self.status = config.memory_gate_status
+        self.granularity = config.memory_gate_granularity
+        self.gate = self.slot_status = None
+        if self.activation == "none":
+            return
+        slots, width = config.num_memory_slots, config.hidden_size
+        shape = {"layer": (1,), "slot": (slots, 1), "element": (slots, width)}[self.granularity]
+        if self.gate_type != "linear":
+            self.gate = nn.Parameter(torch.empty(shape))
+        elif self.status == "slot":
+            self.gate = RxTGateLinear(2 * width, shape[-1])
+        else:
+            self.gate = RxTGateLinear(slots, shape[0])
+        if self.gate_type != "static" and self.status == "linear":
+            self.slot_status = nn.Linear(width, 1)
+
+    def logits(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Gate logits, which broadcast to (batch_size, num_memory_slots, hidden_size)."""
+        if self.gate_type == "static":
+            return self.gate
+        old = old.to(new.dtype)
+        if self.gate_type == "linear" and self.status == "slot":
+            slots = torch.cat([old, new], dim=-1)
+            return self.gate(slots.mean(dim=1, keepdim=True) if self.granularity == "layer" else slots)
+        status = old + new
+        if self.status != "slot":
+            status = status.mean(-1, keepdim=True) if self.status == "mean" else self.slot_status(status)
+        if self.gate_type == "linear":
+            return self.gate(status.squeeze(-1)).unsqueeze(-1)
+        return self.gate * (status.mean(dim=1, keepdim=True) if self.granularity == "layer" else status)
+
+    def forward(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        if self.activation == "none":
+            return (upcast(old) + upcast(new)).to(old.dtype)
+        logits = upcast(self.logits(old, new))
+        if self.activation == "sigmoid":
+            keep, write = torch.sigmoid(-logits), torch.sigmoid(logits)
+        else:
+            keep, write = 1.0 - torch.tanh(logits), 1.0 + torch.tanh(logits)
+        return (keep * upcast(old) + write * upcast(new)).to(old.dtype)
+
+
+class RxTMemoryAttentionLayer(GradientCheckpointingLayer):
+    """Writes one layer of the memory: its slots are the queries, the encoded interaction keys and values."""
+
+    def __init__(self, config: RxTConfig, layer_idx: int):
+        super().__init__()
+        self.memory_attention_type = config.memory_attention_type
+        if self.memory_attention_type != "simple":
+            role = "memory_attention_" if self.memory_attention_type == "self" else "interlayer_attention_"
+            self.pre_layernorm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.pre_attn = RxTAttention(config, layer_idx, role)
+            self.pre_gate = RxTResidualGate(config)
+        if self.memory_attention_type == "self_interlayer":
+            self.interlayer_gate = RxTResidualGate(config)
+        self.memory_layernorm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.encoded_layernorm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.write_attn = RxTAttention(config, layer_idx, "memory_attention_")
+        self.write_gate = RxTResidualGate(config)
+
+    def forward(self, memory_states, mean_memory, keys, values, attention_mask=None, varlen=None):
+        if self.memory_attention_type != "simple":
+            normed = self.pre_layernorm(memory_states.to(keys.dtype))
+            source = mean_memory
+            if self.memory_attention_type == "self":
+                source = normed
+            elif self.memory_attention_type == "self_interlayer":
+                source = self.interlayer_gate(normed, mean_memory)
+            memory_states = self.pre_gate(memory_states, self.pre_attn(normed, source)[0])
+        normed = self.memory_layernorm(memory_states.to(keys.dtype))
+        queries = self.write_attn.queries(normed)
+        if varlen is not None:
+            # one packed row: flash kernels take ragged keys by their offsets, not by a mask
+            queries = queries.transpose(1, 2).flatten(0, 1).transpose(0, 1).unsqueeze(0)
+            update, _ = self.write_attn.attend(normed, queries, keys, values, **varlen)
+        else:
+            update, _ = self.write_attn.attend(normed, queries, keys, values, attention_mask)
+        return self.write_gate(memory_states, update)
+
+
+class RxTMemoryAttention(nn.Module):
+    """The write (arXiv 2510.03561): every layer of the new memory comes from the old memory of all layers."""
+
+    def __init__(self, config: RxTConfig):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(
+            [RxTMemoryAttentionLayer(config, layer_idx) for layer_idx in range(config.num_memory_layers)]
+        )
+        self.mean_layernorm = None
+        # CODEPATH: nano to mini are interlayer, synthetic self_interlayer, tiny simple
+        if config.memory_attention_type in ("interlayer", "self_interlayer"):
+            self.mean_layernorm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def keys_values(
+        self, encoded_states: list[torch.Tensor], position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys (rotated by their token's position) and values of each layer; they do not depend on the memory."""
+        return [
+            layer.write_attn.keys_values(layer.encoded_layernorm(encoded), position_embeddings)
+            for layer, encoded in zip(self.layers, encoded_states, strict=True)
+        ]
+
+    def forward(
+        self,
+        memory_states: torch.Tensor,
+        keys_values: list[tuple[torch.Tensor, torch.Tensor]],
+        attention_mask: torch.Tensor | None = None,
+        varlen: dict | None = None,
+    ) -> torch.Tensor:
+        """New states of (batch_size, num_memory_layers, num_memory_slots, hidden_size) for `memory_states` of it."""
+        mean_memory = None
+        if self.mean_layernorm is not None:
+            mean_memory = self.mean_layernorm(memory_states.mean(dim=1).to(keys_values[0][0].dtype))
+        new_states = [
+            layer(memory_states[:, index], mean_memory, keys, values, attention_mask, varlen)
+            for index, (layer, (keys, values)) in enumerate(zip(self.layers, keys_values, strict=True))
+        ]
+        return torch.stack(new_states, dim=1)
+
+
+@auto_docstring
+class RxTPreTrainedModel(PreTrainedModel):
+    config: RxTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RxTDecoderLayer", "RxTMemoryEncoderLayer", "RxTMemoryAttentionLayer"]
+    _skip_keys_device_placement = ["past_key_values", "stm_cache"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(RxTTopKRouter, index=0),
+        "hidden_states": RxTDecoderLayer,
+        "attentions": RxTSelfAttention,
+        "cross_attentions": OutputRecorder(RxTMemoryCrossAttention, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, RxTZeroLinear):
+            init.zeros_(module.weight)
+        elif isinstance(module, RxTGateLinear):
+            init.constant_(module.bias, self.config.memory_gate_init)
+        elif isinstance(module, RxTResidualGate) and isinstance(module.gate, nn.Parameter):
+            init.constant_(module.gate, self.config.memory_gate_init)
+        elif isinstance(module, RxTExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+            if module.gate_up_proj_bias is not None:
+                init.zeros_(module.gate_up_proj_bias)
+                init.zeros_(module.down_proj_bias)
+        elif isinstance(module, RxTTopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, RxTModel) and module.initial_memory is not None:
+            init.normal_(module.initial_memory, mean=0.0, std=self.config.memory_init_std)
+
+
+@auto_docstring
+class RxTModel(RxTPreTrainedModel):
+    """The decoder with its memory encoder and memory attention; no head."""
+
+    def __init__(self, config: RxTConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [RxTDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        # CODEPATH: some RxT-Alpha checkpoints have no norm before the head, RxT presets do
+        self.norm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps) if config.use_final_norm else nn.Identity()
+        self.rotary_emb = RxTRotaryEmbedding(config)
+        self.memory_encoder = RxTMemoryEncoder(config)
+        self.memory_attention = RxTMemoryAttention(config)
+        self.initial_memory = None
+        # CODEPATH: RxT presets learn it, checkpoints of RxT-Alpha and RxT-Beta start from noise
+        if config.memory_init == "learned":
+            shape = (config.num_memory_layers, config.num_memory_slots, config.hidden_size)
+            self.initial_memory = nn.Parameter(torch.empty(shape))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def initial_states(self, batch_size: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """The memory before the first interaction, (batch_size, num_memory_layers, num_memory_slots, hidden_size)."""
+        if self.initial_memory is not None:
+            return self.initial_memory.unsqueeze(0).expand(batch_size, -1, -1, -1)
+        config, device, dtype = self.config, self.embed_tokens.weight.device, self.dtype
+        shape = (batch_size, config.num_memory_layers, config.num_memory_slots, config.hidden_size)
+        # CODEPATH: no published checkpoint starts from zeros, RxT-Alpha and RxT-Beta start from noise
+        if config.memory_init == "zeros":
+            return torch.zeros(shape, device=device, dtype=dtype)
+        noise_device = device if generator is None else generator.device
+        noise = torch.randn(shape, generator=generator, device=noise_device, dtype=torch.float32)
+        return (noise * config.memory_init_std).to(device=device, dtype=dtype)
+
+    def encode(
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values that write the interactions in `inputs_embeds` of (batch_size, tokens, hidden_size)."""
+        if attention_mask is not None:
+            # a row without a token would attend to nothing; what it encodes is thrown away by the write
+            attention_mask = attention_mask.bool() | ~attention_mask.any(dim=-1, keepdim=True)
+        position_ids = positions_in_interaction(attention_mask, inputs_embeds)
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        encoded_states = self.memory_encoder(inputs_embeds, attention_mask, position_embeddings)
+        return self.memory_attention.keys_values(encoded_states, position_embeddings)
+
+    def write(
+        self, states: torch.Tensor, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The memory after one more interaction: memory encoder, then memory attention."""
+        return self._write(states, self.encode(inputs_embeds, attention_mask), attention_mask)
+
+    def _write(self, states, keys_values, attention_mask):
+        """The write itself; rows without a token keep their memory bit-identical."""
+        if attention_mask is None:
+            return self.memory_attention(states, keys_values)
+        active = attention_mask.any(dim=-1)
+        attention_mask = attention_mask.bool() | ~active[:, None]
+        mask = varlen = None
+        if is_flash_attention_requested(self.config):
+            keys_values, varlen = packed(keys_values, attention_mask, slots=states.shape[2])
+        else:
+            mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=states[:, 0],
+                attention_mask=attention_mask,
+                encoder_hidden_states=keys_values[0][0][:, 0],
+            )
+        new_states = self.memory_attention(states, keys_values, mask, varlen)
+        return torch.where(active[:, None, None, None], new_states, states)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        stm_cache: STMCache | torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> RxTModelOutputWithPast:
+        r"""
+        stm_cache ([`STMCache`] or `torch.Tensor`, *optional*):
+            The memory to read; by default the initial one.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        batch_size = inputs_embeds.shape[0]
+
+        if inputs_embeds.dim() == 4:
+            if past_key_values is not None:
+                raise ValueError("An episode of (batch, turns, tokens) keeps no past_key_values; pass one turn.")
+            states, turns, fingerprint = self._read(stm_cache, batch_size)
+            hidden_states, states = self._episode(inputs_embeds, attention_mask, states, **kwargs)
+            written = inputs_embeds.shape[1] if attention_mask is None else attention_mask.any(-1).sum(-1)
+            stm_cache = STMCache(states, turns=turns.to(states.device) + written, fingerprint=fingerprint)
+            return RxTModelOutputWithPast(last_hidden_state=hidden_states, stm_cache=stm_cache)
+
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
+        states = None
+        if not (isinstance(past_key_values, EncoderDecoderCache) and past_key_values.is_updated.get(0)):
+            states = self._read(stm_cache, batch_size)[0]
+        hidden_states = self.decode(
+            inputs_embeds, states, attention_mask, position_ids=position_ids, past_key_values=past_key_values, **kwargs
+        )
+        return RxTModelOutputWithPast(
+            last_hidden_state=hidden_states, past_key_values=past_key_values, stm_cache=stm_cache
+        )
+
+    def _read(self, stm_cache, batch_size):
+        """States, turns and fingerprint of the given memory, or those before the first interaction."""
+        if stm_cache is None:
+            return self.initial_states(batch_size), torch.zeros(batch_size, dtype=torch.long), None
+        if torch.compiler.is_compiling() and isinstance(stm_cache, torch.Tensor):
+            return stm_cache, torch.zeros(batch_size, dtype=torch.long), None
+        stm_cache = as_stm_cache(stm_cache, batch_size=batch_size, config=self.config)
+        return stm_cache.states, stm_cache.turns, stm_cache.fingerprint
+
+    def _episode(self, inputs_embeds, attention_mask, states, **kwargs):
+        """
+        All turns at once: encode every turn, write them one after the other, then decode each turn under the memory
+        of the turns before it. The same numbers as turn by turn, with only the writes in sequence.
+        """
+        batch_size, turns, tokens, width = inputs_embeds.shape
+        flat_embeds = inputs_embeds.reshape(batch_size * turns, tokens, width)
+        flat_mask = None if attention_mask is None else attention_mask.reshape(batch_size * turns, tokens)
+        by_turn = [
+            tuple(part.unflatten(0, (batch_size, turns)).unbind(1) for part in pair)
+            for pair in self.encode(flat_embeds, flat_mask)
+        ]
+        read_states = []
+        for turn in range(turns):
+            read_states.append(states)
+            keys_values = [(keys[turn], values[turn]) for keys, values in by_turn]
+            turn_mask = None if attention_mask is None else attention_mask[:, turn]
+            states = self._write(states, keys_values, turn_mask)
+        hidden_states = self.decode(flat_embeds, torch.stack(read_states, dim=1).flatten(0, 1), flat_mask, **kwargs)
+        return hidden_states.unflatten(0, (batch_size, turns)), states
+
+    def decode(
+        self,
+        inputs_embeds: torch.Tensor,
+        memory_states: torch.Tensor | None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """
+        Hidden states of one interaction for each row, read under `memory_states`, which may be `None` if the cross
+        part of `past_key_values` holds its keys and values already.
+        """
+        if position_ids is None:
+            position_ids = positions_in_interaction(attention_mask, inputs_embeds, past_key_values)
+        mask_kwargs = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        masks = attention_mask
+        if not isinstance(masks, dict):
+            masks = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+            masks = {kind: masks[kind](**mask_kwargs) for kind in set(self.config.layer_types)}
+
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        for layer_idx, layer in enumerate(self.layers):
+            hidden_states = layer(
+                hidden_states,
+                memory_states,
+                attention_mask=masks[self.config.layer_types[layer_idx]],
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return self.norm(hidden_states)
+
+
+def positions_in_interaction(attention_mask, inputs_embeds, past_key_values=None) -> torch.Tensor:
+    """Index of each token among the real tokens of its interaction, so that padding on any side changes nothing."""
+    length = inputs_embeds.shape[1]
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    start = 0 if past_key_values is None else past_key_values.get_seq_length()
+    return (torch.arange(length, device=inputs_embeds.device) + start).unsqueeze(0)
+
+
+def packed(keys_values, attention_mask, slots):
+    """Keys and values without padding in one row, and the offsets that flash kernels find the batch's rows by."""
+    lengths = attention_mask.sum(dim=-1, dtype=torch.int32)
+    varlen = {
+        "cu_seq_lens_q": torch.arange(len(lengths) + 1, dtype=torch.int32, device=lengths.device) * slots,
+        "cu_seq_lens_k": F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
+        "max_length_q": slots,
+        "max_length_k": int(lengths.max()),
+    }
+    keys_values = [
+        tuple(states.transpose(1, 2)[attention_mask].transpose(0, 1).unsqueeze(0) for states in pair)
+        for pair in keys_values
+    ]
+    return keys_values, varlen
+
+
+def load_balancing_loss(router_logits, num_experts, top_k, attention_mask=None):
+    r"""
+    Load-balancing loss of the Switch Transformer (arXiv 2101.03961, equations 4 to 6) over the tokens of all layers:
+    `num_experts * sum_e(share of the choices that fall on e * mean probability of e)`, padding left out.
+    """
+    probabilities = torch.cat([F.softmax(upcast(logits), dim=-1) for logits in router_logits])
+    weights = torch.ones_like(probabilities[:, 0])
+    if attention_mask is not None:
+        weights = attention_mask.reshape(-1).to(weights).repeat(len(router_logits))
+    chosen = torch.topk(probabilities, top_k, dim=-1).indices
+    choices = F.one_hot(chosen, num_experts).to(weights).sum(dim=1)
+    shares = (choices * weights[:, None]).sum(0) / weights.sum()
+    means = (probabilities * weights[:, None]).sum(0) / weights.sum()
+    return num_experts * (shares * means).sum()
+
+
+@auto_docstring
+class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
+    """
+    A Reactive Transformer with a language-model head. `AutoModel` and `AutoModelForCausalLM` both load it: the memory
+    belongs to the model, and `generate` to the memory.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: RxTConfig):
+        super().__init__(config)
+        self.model = RxTModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    def memory_fingerprint(self) -> str:
+        """
+        Names the weights that a memory belongs to: a hash of a few elements of every parameter, rounded to bfloat16,
+        so that loading in another floating dtype or on another device does not change it.
+        """
+        samples = []
+        for parameter in self.model.parameters():
+            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            flat = whole.detach().flatten()
+            samples.append(flat[:: max(1, flat.numel() // 8)][:8].to("cpu", torch.bfloat16))
+        return hashlib.sha256(torch.cat(samples).view(torch.int16).numpy().tobytes()).hexdigest()
+
+    def init_stm(self, batch_size: int = 1, *, generator: torch.Generator | None = None) -> STMCache:
+        """
+        The memory before the first interaction.
+
+        Args:
+            batch_size (`int`): number of conversations.
+            generator (`torch.Generator`, *optional*): makes `memory_init="random"` reproducible.
+        """
+        states = self.model.initial_states(batch_size, generator)
+        return STMCache(states, turns=0, fingerprint=self.memory_fingerprint())
+
+    def update_memory(
+        self,
+        stm_cache: STMCache | torch.Tensor | None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> STMCache:
+        r"""
+        Writes one finished interaction, query and answer with their control tokens, into the memory:
+        `STM_t = MemoryAttention(STM_{t-1}, MemoryEncoder([X_t ; Y_t]))`, arXiv 2510.03561.
+
+        Args:
+            stm_cache ([`STMCache`] or `torch.Tensor`, *optional*): the memory of the turns before; it is not changed.
+            input_ids (`torch.LongTensor` of shape `(batch_size, tokens)`): the interaction.
+            attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*): 0 at padding, on any side.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, tokens, hidden_size)`): in place of `input_ids`.
+
+        Returns: a new [`STMCache`] in the dtype of the old one. A row without a token keeps its memory bit-identical.
+
+        Raises: `ValueError` for shapes that do not fit, `StateError` if the new memory is not finite.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if attention_mask is not None and attention_mask.shape != embeds.shape[:2]:
+            raise ValueError(
+                f"attention_mask of shape {tuple(attention_mask.shape)} does not fit an interaction of shape "
+                f"{tuple(embeds.shape[:2])}."
+            )
+        old = self.init_stm(embeds.shape[0]) if stm_cache is None else stm_cache
+        old = as_stm_cache(old, batch_size=embeds.shape[0], config=self.config)
+        states = self.model.write(old.states, embeds, attention_mask)
+        if not torch.isfinite(states).all():
+            raise StateError("The memory update produced values that are not finite; the old memory is unchanged.")
+        written = 1 if attention_mask is None else attention_mask.any(-1).to(old.turns)
+        return old.replace(states, turns=old.turns + written)
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        stm_cache: STMCache | torch.Tensor | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> RxTCausalLMOutputWithPast:
+        r"""
+        One turn, or an episode.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, tokens)`): one interaction, or its part so far. Of
+                shape `(batch_size, turns, tokens)` it is an episode: each turn is read under the memory written from
+                the turns before it, the loss is one, and gradients flow through the memory.
+            attention_mask (`torch.Tensor` of the same shape, *optional*): 0 at padding.
+            labels (`torch.LongTensor` of the same shape, *optional*): -100 where no loss is taken.
+            stm_cache ([`STMCache`] or `torch.Tensor`, *optional*): the memory to read; by default the initial one.
+
+        Returns: [`RxTCausalLMOutputWithPast`]
+
+        Example:
+
+        ```python
+        >>> from transformers import AutoModelForCausalLM
+        >>> import rxt_hf
+
+        >>> model = AutoModelForCausalLM.from_pretrained(rxt_hf.DEMO)
+        >>> tokenizer = AutoTokenizer.from_pretrained(rxt_hf.DEMO)
+        >>> inputs = tokenizer.apply_chat_template(
+        ...     [{"role": "user", "content": "My dog is called Rex."}],
+        ...     add_generation_prompt=True, return_tensors="pt", return_dict=True,
+        ... )
+        >>> out = model.generate(**inputs, return_dict_in_generate=True)
+        >>> out.stm_cache.turns
+        tensor([1])
+        ```"""
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        is_episode = (input_ids if inputs_embeds is None else inputs_embeds[..., 0]).dim() == 3
+        recompute = is_episode and labels is not None and self.model.gradient_checkpointing and self.training
+        # the routers' loss is one over all turns, so an episode that takes it recomputes by layer, not by turn
+        if recompute and not output_router_logits:
+            embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            return self._recomputed_episode(embeds, attention_mask, labels, stm_cache, **kwargs)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            stm_cache=stm_cache,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states)
+
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if output_router_logits and outputs.router_logits:
+            mask = attention_mask
+            if mask is not None and not is_episode:
+                # a mask for cached decoding covers the past tokens too
+                mask = mask[:, -outputs.last_hidden_state.shape[1] :]
+            aux_loss = load_balancing_loss(
+                outputs.router_logits, self.config.num_experts, self.config.num_experts_per_tok, mask
+            )
+            if loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return RxTCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+            router_logits=outputs.router_logits,
+            aux_loss=aux_loss,
+            last_hidden_state=outputs.last_hidden_state,
+            stm_cache=outputs.stm_cache,
+        )
+
+    def _recomputed_episode(self, inputs_embeds, attention_mask, labels, stm_cache, num_items_in_batch=None, **kwargs):
+        """
+        The episode's loss with each turn recomputed in the backward pass: between turns only the memory is kept, so
+        that peak memory hardly grows with the number of turns. No logits are returned.
+        """
+        states, turns, fingerprint = self.model._read(stm_cache, inputs_embeds.shape[0])
+        masks = torch.ones_like(labels) if attention_mask is None else attention_mask
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels[..., 1:] != -100).sum().clamp(min=1)
+
+        def turn_loss(states, embeds, mask, turn_labels):
+            logits = self.lm_head(self.model.decode(embeds, states, mask, **kwargs))
+            loss = self.loss_function(
+                logits=logits,
+                labels=turn_labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+            return loss, self.model.write(states, embeds, mask)
+
+        loss = 0.0
+        for turn in range(inputs_embeds.shape[1]):
+            turn_value, states = self.model._gradient_checkpointing_func(
+                turn_loss, states, inputs_embeds[:, turn], masks[:, turn], labels[:, turn]
+            )
+            loss = loss + turn_value
+        stm_cache = STMCache(states, turns=turns.to(states.device) + masks.any(-1).sum(-1), fingerprint=fingerprint)
+        return RxTCausalLMOutputWithPast(loss=loss, stm_cache=stm_cache)
+
+
+__all__ = ["RxTForCausalLM", "RxTModel", "RxTPreTrainedModel"]

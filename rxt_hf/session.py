@@ -1,0 +1,395 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+"""One conversation: a model, a tokenizer, a memory, and the log of what was written into it."""
+
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import threading
+from array import array
+from collections.abc import Iterable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers.utils import logging
+
+from .cache_rxt import StateError, STMCache, _write_atomically, as_stm_cache
+from .modeling_rxt import RxTForCausalLM
+
+logger = logging.get_logger(__name__)
+
+LOG_FORMAT = "rxt_hf.RxTSession"
+LOG_FORMAT_VERSION = 1
+MAX_ANSWER_TOKENS = 128
+# A query that leaves less than this of the context could be read, but not be answered.
+MIN_ANSWER_TOKENS = 16
+
+
+class _Interaction(NamedTuple):
+    query: str
+    answer: str
+    # four bytes a token: the log is all of a session that grows
+    token_ids: array
+
+
+class _State(NamedTuple):
+    """All that a turn changes. It is replaced as a whole, so that a failure or a reader in between sees whole turns."""
+
+    base: STMCache
+    memory: STMCache
+    log: tuple[_Interaction, ...] = ()
+    previous: STMCache | None = None
+
+
+class RxTSession:
+    r"""
+    One conversation with a Reactive Transformer. The model reads the query of this turn and the memory, never the
+    history, which is kept for display and for `forget` only. Any number of sessions and threads may share one model.
+
+    Whatever fails or is cancelled leaves the session as it was before the call. Calls from several threads run one
+    after the other.
+
+    Args:
+        model ([`RxTForCausalLM`]): is not changed.
+        tokenizer (`PreTrainedTokenizerFast`): with the chat template of RxT.
+        stm_cache ([`STMCache`] or `torch.Tensor` with one row, *optional*): the memory to go on from; copied. By
+            default the initial one.
+        system (`str`, *optional*): a system prompt. It is written into the memory once, before the first turn.
+        generate_defaults (*optional*): arguments of [`~RxTForCausalLM.generate`] for every turn.
+
+    Raises: `ValueError` for an empty or too long `system` and for a memory of another shape, [`StateError`] for the
+    memory of another model.
+
+    Example:
+
+    ```python
+    >>> session = RxTSession(model, tokenizer)
+    >>> session.send("My dog is called Rex.")
+    'Got it, your dog is called Rex.'
+    >>> other = session.fork()
+    >>> other.send("What is my dog called?")
+    'Your dog is called Rex.'
+    ```"""
+
+    def __init__(
+        self,
+        model: RxTForCausalLM,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        stm_cache: STMCache | torch.Tensor | None = None,
+        system: str | None = None,
+        **generate_defaults: Any,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.generate_defaults = generate_defaults
+        self._lock = threading.Lock()
+        self._busy_thread: int | None = None
+        memory = _own_memory(model, stm_cache)
+        if system is not None:
+            memory = self._write(memory, [self._encode("system", system)["input_ids"][0].tolist()])
+        self._state = _State(base=memory, memory=memory)
+
+    @property
+    def stm_cache(self) -> STMCache:
+        """The memory after the last finished turn, a value with one row."""
+        return self._state.memory
+
+    @property
+    def turns(self) -> int:
+        """Interactions written into the memory, a system prompt and the turns before this session included."""
+        return int(self._state.memory.turns[0])
+
+    @property
+    def history(self) -> list[dict[str, str]]:
+        """The logged turns as `{"query": ..., "answer": ...}`; a list of its own."""
+        return [{"query": turn.query, "answer": turn.answer} for turn in self._state.log]
+
+    def send(self, text: str, **generate_kwargs: Any) -> str:
+        r"""
+        One turn: the answer to `text`. With `update_memory=False` neither the memory nor the history keeps it.
+
+        Args:
+            generate_kwargs (*optional*): arguments of [`~RxTForCausalLM.generate`]. `max_new_tokens` defaults to that
+                of the generation config, else 128, and is cut to what the query leaves of the context.
+
+        Raises: `ValueError` for an empty text, one that is no valid Unicode, and one that leaves no room for an
+        answer in `max_position_embeddings`.
+        """
+        prompt, kwargs = self._prepare(text, generate_kwargs)
+        with self._one_turn():
+            answer, self._state = self._generate(text, prompt, kwargs)
+        return answer
+
+    def stream(self, text: str, **generate_kwargs: Any) -> Iterator[str]:
+        """
+        As `send`, but the answer comes in pieces while a thread generates it; joined, they are the answer. The turn
+        counts once the iterator has ended; closing it before cancels the turn. An error is raised at the iterator.
+        """
+        prompt, kwargs = self._prepare(text, generate_kwargs)
+        return self._stream(text, prompt, kwargs)
+
+    def fork(self) -> "RxTSession":
+        """An independent session that goes on from here; model and tokenizer are shared."""
+        session = RxTSession(self.model, self.tokenizer, stm_cache=self.stm_cache, **self.generate_defaults)
+        session._state = self._state
+        return session
+
+    def undo(self) -> None:
+        """
+        Back to before the last turn. The memory is bit-identical to then for one turn; earlier ones, and all after
+        `load`, are replayed from the log, which computes the same writes again.
+
+        Raises: `ValueError` if there is no logged turn.
+        """
+        with self._one_turn():
+            state = self._state
+            if not state.log:
+                raise ValueError("There is no turn to undo: the log of this session is empty.")
+            if state.previous is None:
+                self._state = self._replayed(state.log[:-1])
+            else:
+                self._state = _State(state.base, state.previous, state.log[:-1])
+
+    def forget(self, turn: int) -> None:
+        """
+        Makes the memory what it would be if one turn had never been written: all others are written again, in order,
+        from the logged token ids. It costs one memory write for each logged turn, and no generation. What later
+        answers said of the turn stays.
+
+        Args:
+            turn (`int`): index into `history`; 0 is the first, -1 the last.
+
+        Raises: `ValueError` if `history` has no such turn.
+        """
+        with self._one_turn():
+            log = self._state.log
+            if not -len(log) <= turn < len(log):
+                raise ValueError(f"There is no turn {turn} to forget: the log of this session has {len(log)} turns.")
+            turn %= len(log)
+            self._state = self._replayed(log[:turn] + log[turn + 1 :])
+
+    def save(self, path: str | os.PathLike) -> None:
+        """
+        Writes the memory to `path`, an [`STMCache`] file that is complete by itself, and the log to `path` + ".json".
+        Each of the two is the former file or the new one, whatever interrupts the save. The log carries a checksum
+        over itself and its memory: one that does not belong to the memory beside it is never used.
+
+        Raises: [`StateError`] if the memory cannot be saved.
+        """
+        state = self._state
+        state.memory.save(path)
+        log = {
+            "format": LOG_FORMAT,
+            "format_version": LOG_FORMAT_VERSION,
+            "tokenizer": tokenizer_fingerprint(self.tokenizer),
+            "base": base64.b64encode(_raw(state.base.states)).decode(),
+            "base_turns": int(state.base.turns[0]),
+            "turns": [[turn.query, turn.answer, turn.token_ids.tolist()] for turn in state.log],
+        }
+        log["checksum"] = _checksum(state.memory, log)
+        _write_atomically(_log_path(path), json.dumps(log).encode())
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        model: RxTForCausalLM,
+        tokenizer: PreTrainedTokenizerFast,
+        **generate_defaults: Any,
+    ) -> "RxTSession":
+        """
+        The conversation that `save` wrote, with a bit-identical memory. Without its log the conversation goes on all
+        the same, but its history starts empty, and `undo` and `forget` do not reach behind the load.
+
+        Raises: [`StateError`] if the memory is damaged or another model's, or the log another tokenizer's;
+        `FileNotFoundError` if there is no memory.
+        """
+        memory = STMCache.load(path, model=model, device=model.device)
+        session = cls(model, tokenizer, stm_cache=memory, **generate_defaults)
+        if (log := _read_log(_log_path(path), memory)) is not None:
+            found, expected = log["tokenizer"], tokenizer_fingerprint(tokenizer)
+            if found != expected:
+                raise StateError(
+                    f"{path} is refused: the fingerprint of the tokenizer is {found!r}, expected {expected!r}."
+                )
+            session._state = _State(_logged_base(log, memory), session.stm_cache, _logged_turns(log, model))
+        return session
+
+    def _prepare(self, text: str, generate_kwargs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        prompt = self._encode("user", text)
+        kwargs = {**self.generate_defaults, **generate_kwargs}
+        left = self.model.config.max_position_embeddings - prompt["input_ids"].shape[1]
+        config = kwargs.get("generation_config") or self.model.generation_config
+        wanted = kwargs.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or MAX_ANSWER_TOKENS
+        return prompt, {**kwargs, "max_new_tokens": min(wanted, left)}
+
+    def _encode(self, role: str, text: str) -> dict[str, torch.Tensor]:
+        """The interaction's prompt on the model's device, or the whole interaction of a system prompt."""
+        if not isinstance(text, str):
+            raise TypeError(f"The text must be a str, got {type(text).__name__}.")
+        if not text.strip():
+            raise ValueError(f"The text of the {role} is empty: {text[:20]!r} has no character but white space.")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"The text is no valid Unicode: {error.reason} at character {error.start}.") from None
+        prompt = self.tokenizer.apply_chat_template(
+            [{"role": role, "content": text}],
+            add_generation_prompt=role == "user",
+            return_tensors="pt",
+            return_dict=True,
+            tokenizer_kwargs={"verbose": False},
+        )
+        tokens, limit = prompt["input_ids"].shape[1], self.model.config.max_position_embeddings
+        room = min(MIN_ANSWER_TOKENS, limit // 2) if role == "user" else 0
+        if tokens > limit - room:
+            raise ValueError(
+                f"The text has {tokens} tokens with its control tokens, at most {limit - room} fit into "
+                f"max_position_embeddings={limit} with {room} for the answer: split it into several turns."
+            )
+        return prompt.to(self.model.device)
+
+    @contextlib.contextmanager
+    def _one_turn(self) -> Iterator[None]:
+        """Waits for other threads; the thread that streams a turn would wait for itself, so it gets an error."""
+        thread = threading.get_ident()
+        if self._busy_thread == thread:
+            raise RuntimeError("A turn of this session is being streamed: finish or close its iterator first.")
+        with self._lock:
+            self._busy_thread = thread
+            try:
+                yield
+            finally:
+                self._busy_thread = None
+
+    def _generate(self, text: str, prompt: dict[str, torch.Tensor], kwargs: dict[str, Any]) -> tuple[str, _State]:
+        state = self._state
+        output = self.model.generate(**prompt, stm_cache=state.memory, **kwargs)
+        if len(output.sequences) != 1:
+            raise ValueError(f"A session takes one answer a turn, got num_return_sequences={len(output.sequences)}.")
+        token_ids = output.sequences[0].tolist()
+        answer = _decode(self.tokenizer, token_ids[prompt["input_ids"].shape[1] :])
+        if output.stm_cache is state.memory:
+            return answer, state
+        # generate fills up with padding, and writes none of it
+        while token_ids[-1] == self.model.config.pad_token_id:
+            token_ids.pop()
+        log = (*state.log, _Interaction(text, answer, array("i", token_ids)))
+        return answer, _State(state.base, output.stm_cache, log, previous=state.memory)
+
+    def _stream(self, text: str, prompt: dict[str, torch.Tensor], kwargs: dict[str, Any]) -> Iterator[str]:
+        streamer = TextIteratorStreamer(
+            self.tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        cancel = _Cancel()
+        criteria = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), cancel])
+        kwargs = {**kwargs, "streamer": streamer, "stopping_criteria": criteria}
+        with self._one_turn(), ThreadPoolExecutor(max_workers=1) as executor:
+            future = executor.submit(self._generate, text, prompt, kwargs)
+            # an error in generate would end without the streamer's own signal
+            future.add_done_callback(lambda _: streamer.text_queue.put(streamer.stop_signal))
+            try:
+                yield from filter(None, streamer)
+                self._state = future.result()[1]
+            finally:
+                cancel.requested.set()
+
+    def _write(self, memory: STMCache, interactions: Iterable[Iterable[int]]) -> STMCache:
+        with torch.no_grad():
+            for token_ids in interactions:
+                input_ids = torch.tensor([list(token_ids)], device=self.model.device)
+                memory = self.model.update_memory(memory, input_ids, torch.ones_like(input_ids))
+        return memory
+
+    def _replayed(self, log: tuple[_Interaction, ...]) -> _State:
+        base = self._state.base
+        return _State(base, self._write(base, (turn.token_ids for turn in log)), log)
+
+
+class _Cancel(StoppingCriteria):
+    """Ends `generate` by an exception, so that a cancelled turn computes no memory write."""
+
+    def __init__(self) -> None:
+        self.requested = threading.Event()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if self.requested.is_set():
+            raise CancelledError("The turn was cancelled.")
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """A hash of the tokenizer's vocabulary and rules; what a call left as its padding and truncation is no part."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    return _sha256(json.dumps({**rules, "padding": None, "truncation": None}, sort_keys=True).encode())
+
+
+def _decode(tokenizer: PreTrainedTokenizerFast, token_ids: list[int]) -> str:
+    return str(tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _own_memory(model: RxTForCausalLM, stm_cache: STMCache | torch.Tensor | None) -> STMCache:
+    with torch.no_grad():
+        if stm_cache is None:
+            # a copy: the learned initial memory is a parameter, which training would change
+            return model.init_stm(1).fork()
+        cache = as_stm_cache(stm_cache, batch_size=1, config=model.config).detach()
+        expected = model.memory_fingerprint()
+        if cache.fingerprint not in (None, expected):
+            raise StateError(f"The memory has the fingerprint {cache.fingerprint!r}, this model {expected!r}.")
+        return STMCache(cache.states, cache.turns, expected).to(model.device).fork()
+
+
+def _log_path(path: str | os.PathLike) -> Path:
+    return Path(os.path.realpath(f"{os.path.realpath(path)}.json"))
+
+
+def _raw(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _sha256(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _checksum(memory: STMCache, log: dict[str, Any]) -> str:
+    return _sha256(_raw(memory.states), _raw(memory.turns), json.dumps(log, sort_keys=True).encode())
+
+
+def _read_log(path: Path, memory: STMCache) -> dict[str, Any] | None:
+    """The log, or nothing if there is none that belongs to the memory."""
+    try:
+        log = json.loads(path.read_bytes())
+        if log.pop("checksum") == _checksum(memory, log):
+            return log
+        reason = "its checksum does not fit"
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    logger.warning(f"{path} is no log of the memory beside it ({reason}): undo and forget start from here.")
+    return None
+
+
+def _logged_base(log: dict[str, Any], memory: STMCache) -> STMCache:
+    raw = bytearray(base64.b64decode(log["base"]))
+    states = torch.frombuffer(raw, dtype=memory.dtype).reshape(memory.states.shape)
+    return memory.replace(states.to(memory.device), turns=log["base_turns"])
+
+
+def _logged_turns(log: dict[str, Any], model: RxTForCausalLM) -> tuple[_Interaction, ...]:
+    turns = tuple(_Interaction(query, answer, array("i", token_ids)) for query, answer, token_ids in log["turns"])
+    if any(not 0 <= token_id < model.config.vocab_size for turn in turns for token_id in turn.token_ids):
+        raise StateError("The log holds token ids outside the model's vocabulary.")
+    return turns
+
+
+__all__ = ["RxTSession", "tokenizer_fingerprint"]

@@ -1,0 +1,2 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+"""Training recipes on top of `transformers.Trainer`."""

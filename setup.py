@@ -1,0 +1,4 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+from setuptools import setup
+
+setup()

@@ -1,0 +1,94 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+import pytest
+import torch
+
+from rxt_hf.data.collator import RxTEpisodeCollator
+
+LONG = {"input_ids": [[1, 4, 9], [1, 8]], "labels": [[-100, -100, 9], [-100, 8]]}
+SHORT = {"input_ids": [[1, 7, 6, 5]], "labels": [[-100, -100, 6, 5]]}
+
+
+def as_lists(batch):
+    assert all(tensor.dtype == torch.long for tensor in batch.values())
+    return {name: tensor.tolist() for name, tensor in batch.items()}
+
+
+def test_episodes_are_padded_on_the_right_in_turns_and_tokens():
+    assert as_lists(RxTEpisodeCollator(pad_token_id=3)([LONG, SHORT])) == {
+        "input_ids": [[[1, 4, 9, 3], [1, 8, 3, 3]], [[1, 7, 6, 5], [3, 3, 3, 3]]],
+        "attention_mask": [[[1, 1, 1, 0], [1, 1, 0, 0]], [[1, 1, 1, 1], [0, 0, 0, 0]]],
+        "labels": [
+            [[-100, -100, 9, -100], [-100, 8, -100, -100]],
+            [[-100, -100, 6, 5], [-100, -100, -100, -100]],
+        ],
+    }
+
+
+def test_single_interactions_have_no_turn_axis():
+    features = [{"input_ids": [1, 4], "labels": [-100, 4]}, {"input_ids": [5], "labels": [5]}]
+    assert as_lists(RxTEpisodeCollator(pad_token_id=0, max_turns=1)(features)) == {
+        "input_ids": [[1, 4], [5, 0]],
+        "attention_mask": [[1, 1], [1, 0]],
+        "labels": [[-100, 4], [5, -100]],
+    }
+
+
+def test_an_episode_of_one_turn_keeps_its_turn_axis():
+    assert RxTEpisodeCollator(pad_token_id=0)([SHORT])["input_ids"].shape == (1, 1, 4)
+
+
+def test_a_pad_token_inside_an_interaction_is_attended_to():
+    batch = RxTEpisodeCollator(pad_token_id=0)([{"input_ids": [1, 0, 2], "labels": [1, 0, 2]}])
+    assert batch["attention_mask"].tolist() == [[1, 1, 1]]
+
+
+def test_a_long_episode_keeps_its_first_turns():
+    assert as_lists(RxTEpisodeCollator(pad_token_id=0, max_turns=1)([LONG])) == {
+        "input_ids": [[[1, 4, 9]]],
+        "attention_mask": [[[1, 1, 1]]],
+        "labels": [[[-100, -100, 9]]],
+    }
+
+
+def test_tokens_are_padded_to_a_multiple():
+    batch = RxTEpisodeCollator(pad_token_id=0, pad_to_multiple_of=3)([SHORT])
+    assert as_lists(batch) == {
+        "input_ids": [[[1, 7, 6, 5, 0, 0]]],
+        "attention_mask": [[[1, 1, 1, 1, 0, 0]]],
+        "labels": [[[-100, -100, 6, 5, -100, -100]]],
+    }
+    assert RxTEpisodeCollator(pad_token_id=0, pad_to_multiple_of=4)([SHORT])["input_ids"].shape == (1, 1, 4)
+
+
+def test_tensors_are_taken_like_lists():
+    tensors = {name: [torch.tensor(turn) for turn in turns] for name, turns in LONG.items()}
+    single = {name: torch.tensor(turns[0]) for name, turns in LONG.items()}
+    collator = RxTEpisodeCollator(pad_token_id=0)
+    assert as_lists(collator([tensors, SHORT])) == as_lists(collator([LONG, SHORT]))
+    assert collator([single])["input_ids"].tolist() == [[1, 4, 9]]
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ([], "got 0 features, expected at least 1"),
+        ([LONG, {"input_ids": [1], "labels": [1]}], "1 episodes and 1 single interactions"),
+        ([{"input_ids": [[1, 2], [3]], "labels": [[1, 2]]}], r"length \[2, 1\] but labels of length \[2\]"),
+        ([{"input_ids": [[1, 2]], "labels": [[1]]}], r"length \[2\] but labels of length \[1\]"),
+        ([{"input_ids": [1, 2, 3], "labels": [1, 2]}], "length 3 but labels of length 2"),
+        ([{"input_ids": [[1, 2]], "labels": [1, 2]}], r"length \[2\] but labels of length 2"),
+        ([{"input_ids": [[1], []], "labels": [[1], []]}], r"turns of \[1, 0\] tokens, expected at least 1"),
+        ([{"input_ids": [], "labels": []}], "length 0, expected at least 1"),
+        ([{"input_ids": [1]}], r"keys \['input_ids'\], expected \['input_ids', 'labels'\]"),
+        ([{"input_ids": [1], "labels": [1], "weight": 2.0}], "'weight'.*expected"),
+    ],
+)
+def test_a_bad_shape_is_refused_with_both_values(features, message):
+    with pytest.raises(ValueError, match=message):
+        RxTEpisodeCollator(pad_token_id=0)(features)
+
+
+@pytest.mark.parametrize("field", ["max_turns", "pad_to_multiple_of"])
+def test_sizes_below_one_are_refused(field):
+    with pytest.raises(ValueError, match=f"{field}=0 must be at least 1"):
+        RxTEpisodeCollator(pad_token_id=0, **{field: 0})

@@ -1,0 +1,208 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+import hashlib
+import itertools
+import json
+import re
+from collections import Counter
+from random import Random
+
+import pytest
+
+from rxt_hf.data import facts
+from rxt_hf.data.facts import ATTRIBUTES, CHAT, HELD_OUT_PAIRS, OPEN_REAL_NAMES, UNKNOWN_ANSWER
+
+
+@pytest.fixture(scope="module")
+def training():
+    return list(itertools.islice(facts.iterate_dialogues(1_000_000), 3000))
+
+
+def turns_of(split, count=300, **kwargs):
+    return [
+        turn for seed in range(count) for turn in facts.generate_dialogue(seed, split=split, **kwargs)["interactions"]
+    ]
+
+
+def told(turn):
+    return [(turn["attribute"], turn["value"]), *turn["also"]] if turn["kind"] in ("state", "overwrite") else []
+
+
+def test_a_seed_always_gives_the_same_dialogue():
+    dialogues = [facts.generate_dialogue(seed, split=split, num_turns=16) for split in facts.SPLITS for seed in (7, 8)]
+    digest = hashlib.sha256(json.dumps(dialogues).encode()).hexdigest()
+    assert digest[:16] == "23182612a49fc1b0"
+    assert dialogues[0] != dialogues[1]
+
+
+def test_the_registry_is_large_enough():
+    assert len(ATTRIBUTES) >= 32
+    assert len(facts.value_pairs()) == len(set(facts.value_pairs())) >= 640
+    assert sum(attribute.is_open for attribute in ATTRIBUTES.values()) >= 14
+    assert len({query for query, _ in CHAT}) == len(CHAT) >= 60
+    assert len({name.lower() for name in OPEN_REAL_NAMES}) == len(OPEN_REAL_NAMES) >= 150
+    values = [value for values in facts.VALUES.values() for value in values]
+    assert len(values) == len(set(values))
+    assert not any(
+        facts.contains_value(text, value) for query, answers in CHAT for text in (query, *answers) for value in values
+    )
+
+
+def test_every_attribute_has_its_own_questions():
+    owners = {}
+    for attribute in ATTRIBUTES.values():
+        for text in attribute.questions + attribute.noun_phrases + attribute.statements:
+            assert owners.setdefault(text, attribute.name) == attribute.name
+        assert all(answer.endswith((" {v}.", " {av}.")) for answer in attribute.answers)
+
+
+def test_held_out_pairs_are_an_eighth_and_leave_every_value_and_attribute_for_training():
+    pairs = facts.value_pairs()
+    assert set(pairs) >= HELD_OUT_PAIRS
+    assert 0.10 < len(HELD_OUT_PAIRS) / len(pairs) < 0.14
+    for name, attribute in ATTRIBUTES.items():
+        assert sum(pair[0] == name for pair in HELD_OUT_PAIRS) in range(1, len(attribute.values) // 4 + 1)
+
+
+def test_training_never_states_a_held_out_pair_but_states_all_others(training):
+    stated = {pair for dialogue in training for turn in dialogue["interactions"] for pair in told(turn)}
+    assert not stated & HELD_OUT_PAIRS
+    assert len(set(facts.value_pairs()) - HELD_OUT_PAIRS - stated) < 10
+    known = {(ATTRIBUTES[name].value_type, value) for name, value in stated}
+    assert {(ATTRIBUTES[name].value_type, value) for name, value in HELD_OUT_PAIRS} <= known
+
+
+def test_training_text_has_no_test_name(training):
+    texts = [turn[side] for dialogue in training for turn in dialogue["interactions"] for side in ("query", "answer")]
+    words = set(re.findall(r"\w+", " ".join(texts).lower()))
+    assert not words & {name.lower() for name in OPEN_REAL_NAMES}
+    listed = {value for values in facts.VALUES.values() for value in values}
+    names = {v for d in training for t in d["interactions"] for _, v in told(t) if v not in listed}
+    assert len(names) > 1500
+    assert not any(facts.is_test_name(name) for name in names)
+
+
+def test_open_names_of_the_two_parts_are_disjoint_and_varied():
+    rng = Random(0)
+    train = {facts.open_name(rng, "train") for _ in range(3000)}
+    test = {facts.open_name(rng, "open") for _ in range(1000)}
+    assert not train & test
+    assert len(train) > 2500
+    assert all(re.fullmatch(r"[A-Z][a-z]{2,8}", name) for name in train | test)
+    assert {name[0] for name in train} == set("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+
+
+def test_the_open_split_uses_only_names_unknown_to_training():
+    values = [value for turn in turns_of("open") for _, value in told(turn)]
+    real = sum(value.lower() in {name.lower() for name in OPEN_REAL_NAMES} for value in values)
+    assert 0.4 < real / len(values) < 0.6
+    listed = {value for values in facts.VALUES.values() for value in values}
+    assert not listed & set(values)
+
+
+def test_the_seen_split_uses_training_pairs_and_the_unseen_split_asks_held_out_ones():
+    trained = set(facts.value_pairs()) - HELD_OUT_PAIRS
+    assert {pair for turn in turns_of("seen") for pair in told(turn)} <= trained
+    unseen = turns_of("unseen", num_turns=16)
+    asked = [(turn["attribute"], turn["value"]) for turn in unseen if turn["kind"] == "ask"]
+    assert len(asked) > 500 and set(asked) <= HELD_OUT_PAIRS
+    stated = [pair for turn in unseen for pair in told(turn)]
+    assert sum(pair in HELD_OUT_PAIRS for pair in stated) / len(stated) > 0.8
+
+
+@pytest.mark.parametrize("split", facts.SPLITS)
+def test_turns_agree_with_the_facts_told_so_far(split):
+    for seed in range(60):
+        past, stated, said = {}, {}, {}
+        for index, turn in enumerate(facts.generate_dialogue(seed, split=split, num_turns=64)["interactions"]):
+            name, value = turn["attribute"], turn["value"]
+            if turn["kind"] == "state":
+                assert not any(attribute in past for attribute, _ in told(turn))
+            if turn["kind"] == "overwrite":
+                assert past[name][-1] != value
+            for attribute, new in told(turn):
+                past.setdefault(attribute, []).append(new)
+                stated[attribute] = said[attribute] = index
+                assert facts.contains_value(turn["query"], new)
+            if turn["kind"] == "unknown":
+                assert name not in past and turn["answer"] == UNKNOWN_ANSWER
+            if turn["kind"] == "ask":
+                assert value == past[name][-1]
+                assert set(turn["stale"]) == set(past[name]) - {value}
+                assert (turn["distance"], turn["distance_stated"]) == (index - said[name], index - stated[name])
+                assert turn["answer"].endswith(f" {value}.") and not facts.contains_value(turn["query"], value)
+                said[name] = index
+            assert turn["live_facts"] == len(past)
+
+
+def test_the_mix_of_turns_follows_the_parameters():
+    turns = turns_of("train", 200, num_turns=32)
+    kinds = Counter(turn["kind"] for turn in turns)
+    share = {kind: count / len(turns) for kind, count in kinds.items()}
+    assert share["state"] == pytest.approx(0.38 + 0.02, abs=0.03)
+    assert share["overwrite"] == pytest.approx(0.10, abs=0.02)
+    assert share["ask"] + share["unknown"] == pytest.approx(0.36, abs=0.03)
+    assert share["chat"] == pytest.approx(0.15, abs=0.02)
+    assert kinds["unknown"] / (kinds["unknown"] + kinds["ask"]) == pytest.approx(0.12, abs=0.03)
+    assert sum(bool(turn["also"]) for turn in turns) / kinds["state"] == pytest.approx(0.1, abs=0.03)
+    assert {turn["kind"] for turn in turns_of("train", 20, p_overwrite=0, p_chat=0, p_unknown=0)} == {"state", "ask"}
+
+
+def test_live_facts_can_be_limited():
+    turns = turns_of("train", 50, num_turns=32, max_live_facts=2)
+    assert max(turn["live_facts"] for turn in turns) == 2
+
+
+def test_texts_are_short():
+    turns = turns_of("train", 1000)
+    assert max(len(turn["query"].split()) for turn in turns) <= 20
+    assert max(len(turn["answer"].split()) for turn in turns if not turn["also"]) <= 12
+    assert max(len(turn["answer"].split()) for turn in turns) <= 16
+
+
+def test_hurried_queries_keep_the_case_of_values():
+    turns = [turn for turn in turns_of("seen", p_noise=1.0) if turn["kind"] == "state" and not turn["also"]]
+    for turn in turns:
+        assert facts.contains_value(turn["query"], turn["value"])
+        rest = turn["query"].replace(turn["value"], "")
+        assert rest == rest.lower() and not rest.endswith((".", "?")) and "'" not in rest
+
+
+def test_articles_fit_their_word():
+    texts = " ".join(turn[side] for turn in turns_of("train", 1000, p_open=0.0) for side in ("query", "answer"))
+    assert " an accountant" in texts and " a nurse" in texts
+    assert not re.search(r"\b(a [aeio]|an [^aeio])", texts)
+
+
+def test_answers_are_scored_by_whole_words():
+    ask = facts.Interaction(
+        query="What is my dog called?", answer="Your dog is called Max.", kind="ask", attribute="dog", value="Max",
+        also=[], stale=["Rex"], distance=1, distance_stated=1, live_facts=1,
+    )  # fmt: skip
+    assert facts.score_answer(ask, "It is Max.") == {"correct": True, "stale": False, "abstained": False}
+    assert facts.score_answer(ask, "It is Rex.") == {"correct": False, "stale": True, "abstained": False}
+    assert facts.score_answer(ask, "Rex or Max.") == {"correct": False, "stale": False, "abstained": False}
+    assert not facts.score_answer(ask, "It is Maxi.")["correct"]
+    assert not facts.score_answer(ask, "It is max.")["correct"]
+    assert facts.score_answer(ask, UNKNOWN_ANSWER) == {"correct": False, "stale": False, "abstained": True}
+    unknown = {**ask, "kind": "unknown", "value": None, "stale": []}
+    assert facts.score_answer(unknown, UNKNOWN_ANSWER)["correct"]
+    assert not facts.score_answer(unknown, "It is Max.")["correct"]
+
+
+def test_reference_answers_score_as_correct():
+    for split in facts.SPLITS:
+        for turn in turns_of(split, 100, num_turns=32):
+            score = facts.score_answer(turn, turn["answer"])
+            assert score["correct"] and not score["stale"]
+
+
+def test_corpus_texts_are_those_of_the_training_split():
+    texts = list(facts.corpus_texts(3, 1_000_000))
+    first = facts.generate_dialogue(1_000_000)["interactions"][0]
+    assert len(texts) == 3 * 8 * 2
+    assert texts[:2] == [first["query"], first["answer"]]
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="split"):
+        facts.generate_dialogue(0, split="test")

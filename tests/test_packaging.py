@@ -1,0 +1,102 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+"""What a newcomer installs: the metadata, the wheel, the cost of the import, and the README's commands."""
+
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import entry_points, version
+from pathlib import Path
+
+import pytest
+
+import rxt_hf
+
+ROOT = Path(__file__).parent.parent
+NOT_AT_IMPORT = ("flash_attn", "peft", "datasets", "kernels")
+PYTHON_FENCE, SHELL_FENCE = "```python", re.compile(r"```(?:bash|sh|shell)\n(.*?)```", re.DOTALL)
+
+
+def run_python(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+
+
+def cpu_seconds(statement: str) -> float:
+    """CPU time of a fresh process, which other load on the machine changes less than the clock."""
+    return float(run_python(f"{statement}\nimport time; print(time.process_time())").stdout)
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def wheel_contents(tmp_path_factory) -> set[str]:
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "rxt_hf", folder / "rxt_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "tests").mkdir()
+    (folder / "tests" / "__init__.py").touch()
+    build = [sys.executable, "-c", "import setuptools.build_meta as backend; backend.build_wheel('dist')"]
+    subprocess.run(build, cwd=folder, capture_output=True, check=True)
+    (wheel,) = (folder / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def test_wheel_holds_the_whole_package_and_nothing_else(wheel_contents):
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "rxt_hf").rglob("*") if path.is_file()}
+    expected = {name for name in files if "__pycache__" not in name}
+    assert "rxt_hf/py.typed" in expected
+    assert {name for name in wheel_contents if ".dist-info/" not in name} == expected
+
+
+def test_wheel_carries_the_licence_with_the_note_on_the_patent(wheel_contents):
+    assert any(name.endswith("licenses/LICENSE") for name in wheel_contents)
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "Apache License" in text
+    assert "P.453260" in text
+
+
+def test_version_of_the_metadata_is_that_of_the_package():
+    assert version("rxt-hf") == rxt_hf.__version__
+
+
+def test_console_script_names_the_command_line():
+    (script,) = (entry for entry in entry_points(group="console_scripts") if entry.name == "rxt")
+    assert callable(script.load())
+
+
+def test_import_pulls_no_optional_package_and_writes_nothing():
+    code = f"import sys, rxt_hf; print([name for name in {NOT_AT_IMPORT} if name in sys.modules])"
+    done = run_python(code)
+    assert done.stdout.strip() == "[]"
+    assert done.stderr == ""
+
+
+def test_import_costs_less_than_1_3_times_the_import_of_a_model_of_transformers():
+    statements = ("import rxt_hf", "from transformers import LlamaForCausalLM")
+    ours, theirs = zip(*([cpu_seconds(statement) for statement in statements] for _ in range(3)), strict=True)
+    assert statistics.median(ours) < 1.3 * statistics.median(theirs)
+
+
+def test_readme_shows_python_within_its_first_twenty_lines():
+    assert PYTHON_FENCE in readme().splitlines()[:20]
+
+
+def test_first_commands_of_the_readme_run_in_ci():
+    first_fence = SHELL_FENCE.search(readme()).group(1)
+    lines = [line.split("  #")[0].strip() for line in first_fence.splitlines()]
+    # the environment is made there in another way
+    commands = [line for line in lines if line and not line.startswith(("#", "git ", "cd ", "python -m venv", "pip "))]
+    assert commands
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert [line for line in commands if line not in ci] == []
+
+
+def test_test_command_of_the_readme_runs_in_ci():
+    (command,) = set(re.findall(r"python -m pytest[^`#\n]*", readme()))
+    assert command.strip() in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()

@@ -1,6 +1,8 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """Reactive Transformer for Hugging Face Transformers."""
 
+from pathlib import Path
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .cache_rxt import StateError, STMCache
@@ -8,9 +10,20 @@ from .configuration_rxt import RxTConfig
 from .modeling_rxt import RxTForCausalLM, RxTModel, RxTPreTrainedModel
 
 __version__ = "0.1.0"
+# folder of the shipped demo model; loads like any other
+DEMO = Path(__file__).parent / "demo"
 
 AutoConfig.register("rxt", RxTConfig, exist_ok=True)
 AutoModel.register(RxTConfig, RxTForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(RxTConfig, RxTForCausalLM, exist_ok=True)
 
-__all__ = ["RxTConfig", "RxTForCausalLM", "RxTModel", "RxTPreTrainedModel", "STMCache", "StateError", "__version__"]
+__all__ = [
+    "DEMO",
+    "RxTConfig",
+    "RxTForCausalLM",
+    "RxTModel",
+    "RxTPreTrainedModel",
+    "STMCache",
+    "StateError",
+    "__version__",
+]

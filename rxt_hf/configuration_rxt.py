@@ -13,7 +13,8 @@
 # limitations under the License.
 """Configuration of the Reactive Transformer."""
 
-from typing import Literal
+import sys
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -201,6 +202,15 @@ class RxTConfig(PreTrainedConfig):
             self.layer_types = [kind] * self.num_hidden_layers
         super().__post_init__(**kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        # PEFT reads this right before it looks up the default targets of a model type, whichever was imported first.
+        # The projections are named as Llama's, so its defaults hold; PEFT itself is never imported here.
+        constants = sys.modules.get("peft.utils.constants")
+        for name, mapping in list(vars(constants).items()) if constants else []:
+            if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in mapping:
+                mapping.setdefault(self.model_type, mapping["llama"])
+        return super().to_dict()
+
     @property
     def num_memory_layers(self) -> int:
         """Layers of the memory: as many as decoder layers that read it."""
@@ -208,18 +218,33 @@ class RxTConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of `@strict`-powered validation. Validates the architecture of the config."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "head_dim",
+            "num_hidden_layers",
+            "max_position_embeddings",
+            "num_memory_slots",
+            "num_attention_heads",
+            "num_key_value_heads",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("memory_init_std", "num_experts", "num_shared_experts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if "sliding_attention" in self.layer_types and not self.sliding_window:
+            raise ValueError('layer_types with "sliding_attention" need a sliding_window of at least 1 token.')
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even to be rotated, got {self.head_dim}.")
         for prefix in ("", "memory_encoder_", "cross_attention_", "memory_attention_", "interlayer_attention_"):
             heads = getattr(self, f"{prefix}num_attention_heads")
             key_value_heads = getattr(self, f"{prefix}num_key_value_heads")
-            if heads % key_value_heads:
+            if min(heads, key_value_heads) < 1 or heads % key_value_heads:
                 raise ValueError(
-                    f"{prefix}num_attention_heads ({heads}) is not a multiple of "
+                    f"{prefix}num_attention_heads ({heads}) must be a positive multiple of "
                     f"{prefix}num_key_value_heads ({key_value_heads})."
                 )
-        if self.num_memory_slots < 1:
-            raise ValueError(f"num_memory_slots must be at least 1, got {self.num_memory_slots}.")
         for name in ("memory_layers", "moe_layers", "no_rope_layers"):
             layers = getattr(self, name)
             if layers is not None and layers != sorted(set(layers) & set(range(self.num_hidden_layers))):
@@ -229,20 +254,25 @@ class RxTConfig(PreTrainedConfig):
                 )
         if self.memory_layers == []:
             raise ValueError("memory_layers must name at least one decoder layer: an RxT without memory is a Llama.")
+        if self.moe_layers and not self.num_experts:
+            raise ValueError(f"moe_layers={self.moe_layers} need num_experts, which is 0.")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and num_experts "
                 f"({self.num_experts})."
             )
-        gate = (self.memory_gate_type, self.memory_gate_status, self.memory_gate_granularity)
-        if self.memory_gate_type == "linear" and self.memory_gate_status != "slot" and gate[2] == "element":
+        self._validate_gate()
+
+    def _validate_gate(self):
+        kind, status, granularity = self.memory_gate_type, self.memory_gate_status, self.memory_gate_granularity
+        if kind == "linear" and status != "slot" and granularity == "element":
             raise ValueError(
-                f"A linear gate over the slots' {gate[1]} status has one value for each slot or layer; "
+                f"A linear gate over the slots' {status} status has one value for each slot or layer; "
                 'memory_gate_granularity="element" needs memory_gate_status="slot".'
             )
-        if self.memory_gate_type == "elementwise" and self.memory_gate_status == "slot" and gate[2] != "element":
+        if kind == "elementwise" and status == "slot" and granularity != "element":
             raise ValueError(
-                f'An elementwise gate over the slot itself needs memory_gate_granularity="element", got "{gate[2]}".'
+                f'An elementwise gate over the slot needs memory_gate_granularity="element", got "{granularity}".'
             )
 
 

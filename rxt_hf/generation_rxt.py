@@ -13,6 +13,7 @@
 # limitations under the License.
 """`generate` with a memory that goes in and comes out."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -114,7 +115,11 @@ class RxTGenerationMixin(GenerationMixin):
         stm_cache = as_stm_cache(stm_cache, batch_size=batch_size, config=self.config)
         if ids is not None or embeds is not None:
             kwargs["attention_mask"] = prompt_mask
-        kwargs["return_dict_in_generate"] = returns_dict
+        if generation_config is None:
+            kwargs["return_dict_in_generate"] = returns_dict
+        else:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.return_dict_in_generate = returns_dict
         output = super().generate(inputs, generation_config, stm_cache=stm_cache.states, **kwargs)
         if not returns_dict:
             return output
@@ -141,6 +146,11 @@ class RxTGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"The prompt has {shape[1]} tokens, one interaction at most "
                 f"max_position_embeddings={self.config.max_position_embeddings}; shorten the query."
+            )
+        if attention_mask is not None and attention_mask.shape != shape:
+            raise ValueError(
+                f"attention_mask of shape {tuple(attention_mask.shape)} does not fit the prompt of shape "
+                f"{tuple(shape)}: pass mask and ids of the whole interaction, also to go on from past_key_values."
             )
         if attention_mask is not None:
             return attention_mask
@@ -191,7 +201,9 @@ class RxTGenerationMixin(GenerationMixin):
 
     def generate_batch(self, *args, **kwargs):
         """Continuous batching shares one paged cache between requests and has no place for a memory: it raises."""
-        raise ValueError("generate_batch would lose the memory; call generate with a batch of prompts instead.")
+        raise ValueError("Continuous batching would lose the memory; call generate with a batch of prompts instead.")
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
 
 
 def _as_list(token_ids) -> list[int]:

@@ -513,7 +513,7 @@ class RxTMemoryEncoder(nn.Module):
 
 
 class RxTGateLinear(nn.Linear):
-    """The linear layer of a residual gate: its bias starts at `memory_gate_init`."""
+    """The linear layer of a residual gate over the slots' statuses: its bias starts as [`RxTResidualGate`] says."""
 
 
 class RxTResidualGate(nn.Module):
@@ -525,9 +525,12 @@ class RxTResidualGate(nn.Module):
         none      old + new
 
     The logits `g` are a parameter (`memory_gate_type="static"`), a parameter times a status (`"elementwise"`), or a
-    linear map of it (`"linear"`): one for each layer, slot or element (`memory_gate_granularity`). A slot's status
-    (`memory_gate_status`) is the mean of `old + new`, a learned projection of it, or the slot itself: for `"linear"`
-    both `old` and `new`, for `"elementwise"` their sum.
+    linear map of it plus a bias (`"linear"`): one for each layer, slot or element (`memory_gate_granularity`). A
+    slot's status (`memory_gate_status`) is the mean of `old + new`, a learned projection of it, or the slot itself:
+    for `"linear"` both `old` and `new`, for `"elementwise"` their sum.
+
+    Parameters and biases that belong to a slot start spread over `memory_gate_init - 2` to `memory_gate_init + 2`: the
+    write is otherwise the same map for all slots, and would draw them together to one.
     """
 
     def __init__(self, config: RxTConfig):
@@ -536,7 +539,7 @@ class RxTResidualGate(nn.Module):
         self.activation = config.memory_gate_activation
         self.status = config.memory_gate_status
         self.granularity = config.memory_gate_granularity
-        self.gate = self.slot_status = None
+        self.gate = self.gate_bias = self.slot_status = None
         if self.activation == "none":
             return
         slots, width = config.num_memory_slots, config.hidden_size
@@ -544,7 +547,8 @@ class RxTResidualGate(nn.Module):
         if self.gate_type != "linear":
             self.gate = nn.Parameter(torch.empty(shape))
         elif self.status == "slot":
-            self.gate = RxTGateLinear(2 * width, shape[-1])
+            self.gate = nn.Linear(2 * width, shape[-1], bias=False)
+            self.gate_bias = nn.Parameter(torch.empty(shape))
         else:
             self.gate = RxTGateLinear(slots, shape[0])
         if self.gate_type != "static" and self.status == "linear":
@@ -557,7 +561,8 @@ class RxTResidualGate(nn.Module):
         old = old.to(new.dtype)
         if self.gate_type == "linear" and self.status == "slot":
             slots = torch.cat([old, new], dim=-1)
-            return self.gate(slots.mean(dim=1, keepdim=True) if self.granularity == "layer" else slots)
+            slots = slots.mean(dim=1, keepdim=True) if self.granularity == "layer" else slots
+            return self.gate(slots) + self.gate_bias
         status = old + new
         if self.status != "slot":
             status = status.mean(-1, keepdim=True) if self.status == "mean" else self.slot_status(status)
@@ -681,9 +686,12 @@ class RxTPreTrainedModel(PreTrainedModel):
         if isinstance(module, RxTZeroLinear):
             init.zeros_(module.weight)
         elif isinstance(module, RxTGateLinear):
-            init.constant_(module.bias, self.config.memory_gate_init)
-        elif isinstance(module, RxTResidualGate) and isinstance(module.gate, nn.Parameter):
-            init.constant_(module.gate, self.config.memory_gate_init)
+            self._init_gate(module.bias)
+        elif isinstance(module, RxTResidualGate):
+            if isinstance(module.gate, nn.Parameter):
+                self._init_gate(module.gate)
+            elif module.gate_bias is not None:
+                self._init_gate(module.gate_bias)
         elif isinstance(module, RxTExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
@@ -695,6 +703,12 @@ class RxTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RxTModel) and module.initial_memory is not None:
             init.normal_(module.initial_memory, mean=0.0, std=self.config.memory_init_std)
 
+    def _init_gate(self, parameter):
+        """`memory_gate_init`, spread over the slots, which are the first dimension."""
+        spread = torch.linspace(-2.0, 2.0, len(parameter)) if len(parameter) > 1 else torch.zeros(1)
+        values = (self.config.memory_gate_init + spread).view(-1, *[1] * (parameter.dim() - 1))
+        init.copy_(parameter, values.expand_as(parameter).to(parameter))
+
 
 @auto_docstring
 class RxTModel(RxTPreTrainedModel):
@@ -702,6 +716,8 @@ class RxTModel(RxTPreTrainedModel):
 
     def __init__(self, config: RxTConfig):
         super().__init__(config)
+        # fields may have been set one by one since the configuration was made
+        config.validate_architecture()
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -807,8 +823,13 @@ class RxTModel(RxTPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
         states = None
-        if not (isinstance(past_key_values, EncoderDecoderCache) and past_key_values.is_updated.get(0)):
-            states = self._read(stm_cache, batch_size)[0]
+        if isinstance(past_key_values, EncoderDecoderCache) and past_key_values.is_updated.get(0):
+            self._check_memory_unchanged(stm_cache, past_key_values, batch_size)
+        else:
+            states, turns, fingerprint = self._read(stm_cache, batch_size)
+            stm_cache = STMCache(states, turns=turns, fingerprint=fingerprint)
+            if past_key_values is not None:
+                past_key_values.memory_states = states
         hidden_states = self.decode(
             inputs_embeds, states, attention_mask, position_ids=position_ids, past_key_values=past_key_values, **kwargs
         )
@@ -824,6 +845,17 @@ class RxTModel(RxTPreTrainedModel):
             return stm_cache, torch.zeros(batch_size, dtype=torch.long), None
         stm_cache = as_stm_cache(stm_cache, batch_size=batch_size, config=self.config)
         return stm_cache.states, stm_cache.turns, stm_cache.fingerprint
+
+    def _check_memory_unchanged(self, stm_cache, past_key_values, batch_size):
+        """Within a turn the memory is fixed: `past_key_values` holds its keys and values."""
+        if stm_cache is None or torch.compiler.is_compiling():
+            return
+        states, read = self._read(stm_cache, batch_size)[0], past_key_values.memory_states
+        if states is not read and not (states.shape == read.shape and torch.equal(states, read)):
+            raise ValueError(
+                "past_key_values holds the keys and values of another memory than the stm_cache given: pass the "
+                "memory that this turn was started with, or start a new turn without past_key_values."
+            )
 
     def _episode(self, inputs_embeds, attention_mask, states, **kwargs):
         """
@@ -968,7 +1000,7 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
             batch_size (`int`): number of conversations.
             generator (`torch.Generator`, *optional*): makes `memory_init="random"` reproducible.
         """
-        states = self.model.initial_states(batch_size, generator)
+        states = self.model.initial_states(batch_size, generator).clone()
         return STMCache(states, turns=0, fingerprint=self.memory_fingerprint())
 
     def update_memory(
@@ -1054,6 +1086,8 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
         >>> out.stm_cache.turns
         tensor([1])
         ```"""
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         is_episode = (input_ids if inputs_embeds is None else inputs_embeds[..., 0]).dim() == 3
@@ -1073,8 +1107,10 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
             output_router_logits=output_router_logits,
             **kwargs,
         )
-        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        logits = self.lm_head(hidden_states)
+        # the last tokens of every turn, where there are many
+        hidden_states = outputs.last_hidden_state.flatten(0, -3)
+        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        logits = logits.unflatten(0, outputs.last_hidden_state.shape[:-2])
 
         loss = aux_loss = None
         if labels is not None:
@@ -1123,10 +1159,9 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
             return loss, self.model.write(states, embeds, mask)
 
         loss = 0.0
-        for turn in range(inputs_embeds.shape[1]):
-            turn_value, states = self.model._gradient_checkpointing_func(
-                turn_loss, states, inputs_embeds[:, turn], masks[:, turn], labels[:, turn]
-            )
+        # one unbind: its gradient is one stack, where indexing would make a full-sized gradient for every turn
+        for turn in zip(inputs_embeds.unbind(1), masks.unbind(1), labels.unbind(1), strict=True):
+            turn_value, states = self.model._gradient_checkpointing_func(turn_loss, states, *turn)
             loss = loss + turn_value
         stm_cache = STMCache(states, turns=turns.to(states.device) + masks.any(-1).sum(-1), fingerprint=fingerprint)
         return RxTCausalLMOutputWithPast(loss=loss, stm_cache=stm_cache)

@@ -8,7 +8,7 @@ import json
 import os
 import threading
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ class _Interaction(NamedTuple):
 
 
 class _State(NamedTuple):
-    """All that a turn changes. It is replaced as a whole, so that a failure or a reader in between sees whole turns."""
+    """All that a turn changes, replaced as a whole: nobody ever sees half a turn."""
 
     base: STMCache
     memory: STMCache
@@ -84,14 +84,15 @@ class RxTSession:
         system: str | None = None,
         **generate_defaults: Any,
     ):
-        self.model = model
+        # of any class with this interface, also one that was loaded from the Hub with its own code
+        self.model: Any = model
         self.tokenizer = tokenizer
         self.generate_defaults = generate_defaults
         self._lock = threading.Lock()
         self._busy_thread: int | None = None
         memory = _own_memory(model, stm_cache)
         if system is not None:
-            memory = self._write(memory, [self._encode("system", system)["input_ids"][0].tolist()])
+            memory = self._write(memory, self._encode("system", system).tolist())
         self._state = _State(base=memory, memory=memory)
 
     @property
@@ -125,7 +126,7 @@ class RxTSession:
             answer, self._state = self._generate(text, prompt, kwargs)
         return answer
 
-    def stream(self, text: str, **generate_kwargs: Any) -> Iterator[str]:
+    def stream(self, text: str, **generate_kwargs: Any) -> Generator[str, None, None]:
         """
         As `send`, but the answer comes in pieces while a thread generates it; joined, they are the answer. The turn
         counts once the iterator has ended; closing it before cancels the turn. An error is raised at the iterator.
@@ -220,16 +221,18 @@ class RxTSession:
             session._state = _State(_logged_base(log, memory), session.stm_cache, _logged_turns(log, model))
         return session
 
-    def _prepare(self, text: str, generate_kwargs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def _prepare(self, text: str, generate_kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         prompt = self._encode("user", text)
         kwargs = {**self.generate_defaults, **generate_kwargs}
-        left = self.model.config.max_position_embeddings - prompt["input_ids"].shape[1]
-        config = kwargs.get("generation_config") or self.model.generation_config
-        wanted = kwargs.get("max_new_tokens") or getattr(config, "max_new_tokens", None) or MAX_ANSWER_TOKENS
+        wanted = kwargs.get("max_new_tokens")
+        if wanted is None:
+            config = kwargs.get("generation_config") or self.model.generation_config
+            wanted = config.max_new_tokens or MAX_ANSWER_TOKENS
+        left = self.model.config.max_position_embeddings - prompt.shape[1]
         return prompt, {**kwargs, "max_new_tokens": min(wanted, left)}
 
-    def _encode(self, role: str, text: str) -> dict[str, torch.Tensor]:
-        """The interaction's prompt on the model's device, or the whole interaction of a system prompt."""
+    def _encode(self, role: str, text: str) -> torch.Tensor:
+        """Token ids of the prompt, or of the whole interaction that a system prompt is; of shape (1, tokens)."""
         if not isinstance(text, str):
             raise TypeError(f"The text must be a str, got {type(text).__name__}.")
         if not text.strip():
@@ -238,24 +241,24 @@ class RxTSession:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(f"The text is no valid Unicode: {error.reason} at character {error.start}.") from None
-        prompt = self.tokenizer.apply_chat_template(
+        encoded: Any = self.tokenizer.apply_chat_template(
             [{"role": role, "content": text}],
             add_generation_prompt=role == "user",
             return_tensors="pt",
             return_dict=True,
             tokenizer_kwargs={"verbose": False},
         )
-        tokens, limit = prompt["input_ids"].shape[1], self.model.config.max_position_embeddings
+        tokens, limit = encoded["input_ids"].shape[1], self.model.config.max_position_embeddings
         room = min(MIN_ANSWER_TOKENS, limit // 2) if role == "user" else 0
         if tokens > limit - room:
             raise ValueError(
                 f"The text has {tokens} tokens with its control tokens, at most {limit - room} fit into "
                 f"max_position_embeddings={limit} with {room} for the answer: split it into several turns."
             )
-        return prompt.to(self.model.device)
+        return encoded["input_ids"].to(self.model.device)
 
     @contextlib.contextmanager
-    def _one_turn(self) -> Iterator[None]:
+    def _one_turn(self) -> Generator[None, None, None]:
         """Waits for other threads; the thread that streams a turn would wait for itself, so it gets an error."""
         thread = threading.get_ident()
         if self._busy_thread == thread:
@@ -267,13 +270,15 @@ class RxTSession:
             finally:
                 self._busy_thread = None
 
-    def _generate(self, text: str, prompt: dict[str, torch.Tensor], kwargs: dict[str, Any]) -> tuple[str, _State]:
+    def _generate(self, text: str, prompt: torch.Tensor, kwargs: dict[str, Any]) -> tuple[str, _State]:
         state = self._state
-        output = self.model.generate(**prompt, stm_cache=state.memory, **kwargs)
+        output = self.model.generate(
+            input_ids=prompt, attention_mask=torch.ones_like(prompt), stm_cache=state.memory, **kwargs
+        )
         if len(output.sequences) != 1:
             raise ValueError(f"A session takes one answer a turn, got num_return_sequences={len(output.sequences)}.")
         token_ids = output.sequences[0].tolist()
-        answer = _decode(self.tokenizer, token_ids[prompt["input_ids"].shape[1] :])
+        answer = _decode(self.tokenizer, token_ids[prompt.shape[1] :])
         if output.stm_cache is state.memory:
             return answer, state
         # generate fills up with padding, and writes none of it
@@ -282,7 +287,7 @@ class RxTSession:
         log = (*state.log, _Interaction(text, answer, array("i", token_ids)))
         return answer, _State(state.base, output.stm_cache, log, previous=state.memory)
 
-    def _stream(self, text: str, prompt: dict[str, torch.Tensor], kwargs: dict[str, Any]) -> Iterator[str]:
+    def _stream(self, text: str, prompt: torch.Tensor, kwargs: dict[str, Any]) -> Generator[str, None, None]:
         streamer = TextIteratorStreamer(
             self.tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -336,8 +341,7 @@ def _decode(tokenizer: PreTrainedTokenizerFast, token_ids: list[int]) -> str:
 def _own_memory(model: RxTForCausalLM, stm_cache: STMCache | torch.Tensor | None) -> STMCache:
     with torch.no_grad():
         if stm_cache is None:
-            # a copy: the learned initial memory is a parameter, which training would change
-            return model.init_stm(1).fork()
+            return model.init_stm(1)
         cache = as_stm_cache(stm_cache, batch_size=1, config=model.config).detach()
         expected = model.memory_fingerprint()
         if cache.fingerprint not in (None, expected):

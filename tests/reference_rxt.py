@@ -279,7 +279,8 @@ class Reference:
             if kind == "elementwise":
                 return self.weight(f"{prefix}.gate") * z
             slot = torch.cat([old, new], dim=-1)
-            return self.linear(f"{prefix}.gate", slot.mean(0, keepdim=True) if granularity == "layer" else slot)
+            slot = slot.mean(0, keepdim=True) if granularity == "layer" else slot
+            return self.linear(f"{prefix}.gate", slot) + self.weight(f"{prefix}.gate_bias")
         status_of_slot = z.mean(-1) if status == "mean" else self.linear(f"{prefix}.slot_status", z)[:, 0]
         if kind == "linear":
             return self.linear(f"{prefix}.gate", status_of_slot)[:, None]

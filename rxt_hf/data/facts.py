@@ -458,6 +458,9 @@ def open_name(rng: Random, split: str) -> str:
         word = _raw_name(rng)
         if not 3 <= len(word) <= 9 or word in _USED_WORDS or word in _REAL_WORDS:
             continue
+        # names that people give are short
+        if len(word) > 6 and rng.random() < 0.6:
+            continue
         if is_test_name(word) == (split == "open"):
             return word.capitalize()
 

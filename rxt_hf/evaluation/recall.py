@@ -9,15 +9,16 @@ import argparse
 import json
 import math
 from collections import defaultdict
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from ..cache_rxt import STMCache
 from ..chat_template import encode_interactions
 from ..data.collator import RxTEpisodeCollator
 from ..data.facts import generate_dialogue, score_answer
+from ..modeling_rxt import RxTForCausalLM
 
 FIRST_TEST_SEED = 1_000
 Control = Literal["none", "other_memory", "cleared_memory"]
@@ -34,7 +35,7 @@ def left_padded(rows: list[list[int]], pad_token_id: int) -> dict[str, torch.Ten
 class RxTArm:
     """Answers one turn of many dialogues from their memories."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, control: Control = "none"):
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast, control: Control = "none"):
         self.model, self.tokenizer, self.control = model, tokenizer, control
         self.stm_cache: STMCache | None = None
 
@@ -58,7 +59,7 @@ class RxTArm:
 class HistoryArm:
     """Answers from the text of the conversation: all of it, or of the current turn only."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, full_history: bool):
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast, full_history: bool):
         self.model, self.tokenizer, self.full_history = model, tokenizer, full_history
         self.histories: list[list[int]] | None = None
 
@@ -78,21 +79,21 @@ class HistoryArm:
         return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
-def make_arm(model, tokenizer, arm: str, control: Control = "none") -> RxTArm | HistoryArm:
-    if arm == "rxt":
+def make_arm(model, tokenizer, control: Control = "none", *, full_history: bool = False) -> RxTArm | HistoryArm:
+    if isinstance(model, RxTForCausalLM):
         return RxTArm(model, tokenizer, control)
-    return HistoryArm(model, tokenizer, full_history=arm == "full_history")
+    return HistoryArm(model, tokenizer, full_history)
 
 
 @torch.no_grad()
 def recall(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    model: Any,
+    tokenizer: Any,
     *,
     split: str = "seen",
     num_turns: int = 8,
     num_dialogues: int = 100,
-    arm: str = "rxt",
+    full_history: bool = False,
     control: Control = "none",
     first_seed: int = FIRST_TEST_SEED,
     max_new_tokens: int = 32,
@@ -110,7 +111,7 @@ def recall(
         generate_dialogue(first_seed + row, split=split, num_turns=num_turns, **dialogue_kwargs)["interactions"]
         for row in range(num_dialogues)
     ]
-    player = make_arm(model, tokenizer, arm, control)
+    player = make_arm(model, tokenizer, control, full_history=full_history)
     asked, stale, unknown, chat = [], [], [], []
     for turn in range(num_turns):
         interactions = [dialogue[turn] for dialogue in dialogues]
@@ -126,14 +127,14 @@ def recall(
             elif interaction["kind"] == "chat":
                 chat.append(score["correct"])
     value = mean([correct for correct, _, _ in asked])
+    error = None if value is None else round(1.96 * math.sqrt(value * (1 - value) / len(asked)), 4)
     return {
-        "arm": arm,
         "control": control,
         "split": split,
         "turns": num_turns,
         "questions": len(asked),
         "recall": value,
-        "recall_ci95": None if not asked else round(1.96 * math.sqrt(value * (1 - value) / len(asked)), 4),
+        "recall_ci95": error,
         "stale": mean(stale),
         "stale_questions": len(stale),
         "abstention": mean(unknown),
@@ -161,13 +162,13 @@ def by_bucket(pairs) -> dict[str, list]:
 
 @torch.no_grad()
 def answer_perplexity(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    model: Any,
+    tokenizer: Any,
     *,
     split: str = "seen",
     num_turns: int = 8,
     num_dialogues: int = 64,
-    arm: str = "rxt",
+    full_history: bool = False,
     first_seed: int = FIRST_TEST_SEED,
 ) -> float:
     """Perplexity of the reference answers' tokens, teacher forced, with equal label masks for every arm."""
@@ -177,9 +178,9 @@ def answer_perplexity(
     for row in range(num_dialogues):
         turns = generate_dialogue(first_seed + row, split=split, num_turns=num_turns)["interactions"]
         episode = encode_interactions(tokenizer, [turn["query"] for turn in turns], [turn["answer"] for turn in turns])
-        if arm == "rxt":
+        if isinstance(model, RxTForCausalLM):
             features = [episode]
-        elif arm == "current_turn":
+        elif not full_history:
             features = [{name: episode[name][turn] for name in episode} for turn in range(num_turns)]
         else:
             features = [{name: [token for turn in episode[name] for token in turn] for name in episode}]
@@ -195,7 +196,7 @@ def answer_perplexity(
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Recall of facts over turns")
     parser.add_argument("model")
-    parser.add_argument("--arm", default="rxt", choices=["rxt", "full_history", "current_turn"])
+    parser.add_argument("--full-history", action="store_true", help="give a model without memory the whole dialogue")
     parser.add_argument("--control", default="none", choices=["none", "other_memory", "cleared_memory"])
     parser.add_argument("--split", nargs="+", default=["seen"])
     parser.add_argument("--turns", type=int, nargs="+", default=[8])
@@ -211,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
                 split=split,
                 num_turns=turns,
                 num_dialogues=options.dialogues,
-                arm=options.arm,
+                full_history=options.full_history,
                 control=options.control,
             )
             print(json.dumps(result))

@@ -7,11 +7,14 @@ Trains the demo, and the baselines it is compared with, on generated fact dialog
 runs to the end, or resumes from the last checkpoint in `out`.
 """
 
+import json
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch.utils.data import Dataset
@@ -27,14 +30,26 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..chat_template import encode_interactions, train_tokenizer
+from ..configuration_rxt import RxTConfig
 from ..data.collator import RxTEpisodeCollator
-from ..data.facts import corpus_texts, generate_dialogue
-from ..modeling_rxt import RxTConfig, RxTForCausalLM
+from ..data.facts import Dialogue, Interaction, corpus_texts, generate_dialogue, open_name
+from ..modeling_rxt import RxTForCausalLM
 from ..presets import PRESETS
 
 # (share of the run, turns of a dialogue): short dialogues first, so that writing and reading find each other
-CURRICULUM = ((0.04, (2,)), (0.10, (4,)), (0.45, (8, 8, 4)), (0.85, (8, 16)), (1.0, (8, 16, 32)))
+CURRICULUM = ((0.03, (2,)), (0.08, (4,)), (0.35, (8,)), (0.65, (8, 16)), (0.85, (8, 16, 32)), (1.0, (8, 16, 32, 64)))
 FIRST_TRAINING_SEED = 1_000_000
+# more questions than in a test dialogue: they are what trains the memory
+MIX: dict[str, Any] = {
+    "p_state": 0.33,
+    "p_overwrite": 0.12,
+    "p_ask": 0.47,
+    "p_chat": 0.08,
+    "p_unknown": 0.15,
+    "p_open": 0.6,
+}
+LABELLED_SHARE = 0.3
+MAX_TURN_TOKENS = 30
 
 
 @dataclass
@@ -46,7 +61,7 @@ class FactDialogueArguments:
     )
     turns_per_step: int = field(default=128, metadata={"help": "dialogues in a step = turns_per_step / turns"})
     cpu_seconds: float | None = field(default=None, metadata={"help": "stops the run at this many CPU seconds"})
-    vocab_size: int = field(default=1024, metadata={"help": "vocabulary of the tokenizer"})
+    vocab_size: int = field(default=2048, metadata={"help": "vocabulary of the tokenizer"})
     preset: str = field(default="tiny", metadata={"help": "a name of rxt_hf.presets.PRESETS"})
     override: str = field(default="", metadata={"help": "JSON object of further config fields"})
 
@@ -60,19 +75,29 @@ class FactDialogues(Dataset):
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> list[dict]:
+    def __getitem__(self, index: int) -> list[dict]:
+        step = index
         choices = next(turns for share, turns in CURRICULUM if step < share * self.steps or share == 1.0)
         turns = choices[step % len(choices)]
         # statements of two facts are long: they come together, so that other steps are not padded to their length
-        p_two = 0.35 if step % 6 == 0 else 0.0
-        first = FIRST_TRAINING_SEED + step * self.turns_per_step
-        episodes = []
-        for row in range(max(1, self.turns_per_step // turns)):
-            dialogue = generate_dialogue(
-                first + row, num_turns=turns, p_two=p_two, p_state=0.36, p_overwrite=0.12, p_ask=0.42, p_chat=0.10
-            )
-            episodes.append(encode_dialogue(self.tokenizer, dialogue))
+        is_long = step % 6 == 0
+        seed, episodes = FIRST_TRAINING_SEED + step * 10_000, []
+        while len(episodes) < max(1, self.turns_per_step // turns):
+            dialogue = generate_dialogue(seed, num_turns=turns, p_two=0.35 if is_long else 0.0, **MIX)
+            episode = encode_dialogue(self.tokenizer, dialogue)
+            seed += 1
+            if is_long or max(map(len, episode["labels"])) <= MAX_TURN_TOKENS:
+                episodes.append(episode | {"labels": self._labels(episode["labels"], dialogue["interactions"], seed)})
         return list(self._arranged(episodes))
+
+    @staticmethod
+    def _labels(labels: list[list[int]], interactions: list[Interaction], seed: int) -> list[list[int]]:
+        """Every answer to a question counts, and a share of the others, whose wording is mostly chance."""
+        rng = random.Random(seed)
+        return [
+            row if turn["kind"] in ("ask", "unknown") or rng.random() < LABELLED_SHARE else [-100] * len(row)
+            for row, turn in zip(labels, interactions, strict=True)
+        ]
 
     def _arranged(self, episodes: list[dict]) -> Iterator[dict]:
         """The same tokens and label masks for every arm; only what can be seen from a turn differs."""
@@ -85,7 +110,7 @@ class FactDialogues(Dataset):
                 yield {name: [token for turn in episode[name] for token in turn] for name in episode}
 
 
-def encode_dialogue(tokenizer: PreTrainedTokenizerFast, dialogue: dict) -> dict[str, list[list[int]]]:
+def encode_dialogue(tokenizer: PreTrainedTokenizerFast, dialogue: Dialogue) -> dict[str, list[list[int]]]:
     """An episode as [`RxTEpisodeCollator`] takes it."""
     turns = dialogue["interactions"]
     return encode_interactions(tokenizer, [turn["query"] for turn in turns], [turn["answer"] for turn in turns])
@@ -97,6 +122,42 @@ class StepCollator(RxTEpisodeCollator):
     def __call__(self, features):
         (episodes,) = features
         return super().__call__(episodes)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """
+    `torch.optim.Muon` for the weight matrices inside the layers, `torch.optim.AdamW` for everything else, as one
+    optimizer with one learning rate (Muon's updates are scaled to the size of AdamW's).
+    """
+
+    def __init__(self, model: torch.nn.Module, args: TrainingArguments):
+        matrices, others = [], []
+        for name, parameter in model.named_parameters():
+            is_matrix = parameter.dim() == 2 and "layers." in name and name.endswith("weight")
+            (matrices if is_matrix else others).append(parameter)
+        self.inner = [
+            torch.optim.Muon(
+                matrices, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+            ),
+            torch.optim.AdamW(
+                others, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), weight_decay=0.0, fused=True
+            ),
+        ]
+        super().__init__(matrices + others, {})
+        self.param_groups = [group for inner in self.inner for group in inner.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for inner in self.inner:
+            inner.step()
+
+    def state_dict(self) -> dict:
+        return {"inner": [inner.state_dict() for inner in self.inner]}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        for inner, state in zip(self.inner, state_dict["inner"], strict=True):
+            inner.load_state_dict(state)
+        self.param_groups = [group for inner in self.inner for group in inner.param_groups]
 
 
 class CpuBudget(TrainerCallback):
@@ -152,33 +213,41 @@ def build_model(arm: str, config: RxTConfig) -> RxTForCausalLM | LlamaForCausalL
             max_position_embeddings=4096,
             tie_word_embeddings=True,
             pad_token_id=config.pad_token_id,
-            attn_implementation=config._attn_implementation,
         )
     )
 
 
 def main(argv: list[str] | None = None) -> None:
-    import json
-
-    options, args = HfArgumentParser((FactDialogueArguments, TrainingArguments)).parse_args_into_dataclasses(argv)
-    folder = Path(args.output_dir)
+    parser = HfArgumentParser(cast("Any", (FactDialogueArguments, TrainingArguments)))
+    options, args = parser.parse_args_into_dataclasses(argv)
+    folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     else:
-        tokenizer = train_tokenizer(corpus_texts(20_000), vocab_size=options.vocab_size)
+        rng = random.Random(0)
+        # a dialogue's names are few beside its words: without more of them, names would be spelt letter by letter
+        names = (" " + open_name(rng, "train") for _ in range(200_000))
+        tokenizer = train_tokenizer(chain(corpus_texts(20_000), names), vocab_size=options.vocab_size)
         tokenizer.save_pretrained(folder)
     torch.manual_seed(args.seed)
-    settings = {**PRESETS[options.preset], **json.loads(options.override or "{}"), "vocab_size": len(tokenizer)}
-    model = build_model(options.arm, RxTConfig(**settings, attn_implementation="eager"))
+    settings: dict[str, Any] = {
+        **PRESETS[options.preset],
+        **json.loads(options.override or "{}"),
+        "vocab_size": len(tokenizer),
+    }
+    model = build_model(options.arm, RxTConfig(**settings))
+    # at these sizes plain matrix products in bfloat16 are the fastest attention on a CPU
+    model.set_attn_implementation("eager")
     trainer = Trainer(
         model=model,
         args=args,
         train_dataset=FactDialogues(tokenizer, args.max_steps, options.turns_per_step, options.arm),
         data_collator=StepCollator(tokenizer.pad_token_id),
         callbacks=[CpuBudget(folder, options.cpu_seconds)],
+        optimizers=(MuonAdamW(model, args), None),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     trainer.save_model()
     trainer.save_state()
 

@@ -1,0 +1,381 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+"""The command line `rxt`: a table of verbs. A user's mistake costs one sentence on stderr and exit code 2."""
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+# A model may produce any character; those that steer a terminal are not for it to write. Tab and line feed stay.
+_PRINTABLE = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)), "\ufffd")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one verb and returns the exit code."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "replace")):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors=errors)
+    parser = _Parser(prog="rxt", description="Reactive Transformers: chat with a model that has a memory.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb", parser_class=_Parser)
+    for verb, (description, add_arguments, _) in VERBS.items():
+        add_arguments(verbs.add_parser(verb, help=description, description=description))
+    try:
+        args = parser.parse_args(argv)
+        return VERBS[args.verb][2](args)
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # whoever read our output has gone; without this, Python would complain when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        print(f"rxt {args.verb}: {_sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # "Validation failed:" says nothing without the line behind it
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="model folder or Hub name; default: the demo")
+    parser.add_argument("--memory", metavar="FILE", help="go on from this memory file")
+    parser.add_argument("--temperature", type=_number(0.0), metavar="T", help="sample; the default, 0, is greedy")
+    parser.add_argument("--top-p", type=_number(0.0, 1.0), metavar="P", help="sample from the likeliest share P")
+    parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest answer")
+    parser.add_argument("--seed", type=int, help="makes sampling, and a random initial memory, repeatable")
+    parser.add_argument("--device", help="such as cpu or cuda:0; default: a GPU if there is one")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+
+
+def _number(low: float, high: float = float("inf")) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        number = float(text)
+        if not low <= number <= high or number == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return number
+
+    parse.__name__ = "number"
+    return parse
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of tokens, expected at least 1")
+    return number
+
+
+_positive.__name__ = "whole number"
+
+
+def _folder(model: str | None) -> str:
+    import rxt_hf
+
+    if model is None:
+        return str(rxt_hf.DEMO)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return str(path)
+    # everything that is not spelled like owner/name on the Hub is a folder that is missing
+    if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
+        raise ValueError(f"There is no model folder {model!r}.")
+    return model
+
+
+def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    folder = _folder(args.model)
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers.utils import logging
+
+    import rxt_hf  # noqa: F401  (registers the model type)
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if args.seed is not None:
+        set_seed(args.seed)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        model_type = AutoConfig.from_pretrained(folder).model_type
+        if model_type != "rxt":
+            raise ValueError(f'it holds a model of type "{model_type}", not an RxT')
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype, output_loading_info=True)
+        model, info = loaded
+        if info["missing_keys"]:
+            raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]}")
+        return model.to(device), AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        # a damaged folder fails in any library below, with any exception
+        raise ValueError(f"Cannot load the model {folder!r}: {_sentence(error)}") from error
+
+
+def _generate_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    sampled = {name: value for name in ("temperature", "top_p") if (value := getattr(args, name)) is not None}
+    greedy = sampled.get("temperature") == 0 or not sampled
+    kwargs = {"do_sample": False} if greedy else {"do_sample": True, **sampled}
+    return kwargs if args.max_new_tokens is None else {**kwargs, "max_new_tokens": args.max_new_tokens}
+
+
+def _open_session(args: argparse.Namespace, model: Any, tokenizer: Any, system: str | None = None) -> Any:
+    from .session import RxTSession
+
+    kwargs = _generate_kwargs(args)
+    if args.memory is None:
+        return RxTSession(model, tokenizer, system=system, **kwargs)
+    if system is not None:
+        raise ValueError("--system starts a conversation and --memory continues one: give one of them.")
+    return RxTSession.load(Path(args.memory).expanduser(), model, tokenizer, **kwargs)
+
+
+def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model_arguments(parser)
+    parser.add_argument("--query", required=True, metavar="TEXT", help="what to say to the model")
+    parser.add_argument("--save-memory", metavar="FILE", help="write the memory after the turn to this file")
+
+
+def _generate(args: argparse.Namespace) -> int:
+    session = _open_session(args, *_load_model(args))
+    print(session.send(args.query).translate(_PRINTABLE), flush=True)
+    if args.save_memory is not None:
+        session.save(Path(args.save_memory).expanduser())
+    return 0
+
+
+def _env(args: argparse.Namespace) -> int:
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+    from transformers.utils import is_flash_attn_2_available, is_torch_flex_attn_available
+
+    import rxt_hf
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    available = {"flex_attention": is_torch_flex_attn_available(), "flash_attention_2": is_flash_attn_2_available()}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    packages = ("transformers", "torch", "tokenizers", "safetensors", "accelerate", "peft", "flash-attn")
+    facts = {
+        "rxt_hf": rxt_hf.__version__,
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        **{package: installed(package) for package in packages},
+        "device": f"{device}, {torch.get_num_threads()} CPU threads",
+        "attention": ", ".join(["eager", "sdpa", *(name for name, is_there in available.items() if is_there)]),
+    }
+    for name, value in facts.items():
+        print(f"{name:<13} {value}")
+    return 0
+
+
+def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model_arguments(parser)
+    parser.add_argument("--script", metavar="FILE", help="read the user's lines from FILE; # starts a comment line")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt, written into the memory once")
+
+
+def _chat(args: argparse.Namespace) -> int:
+    # before the model is loaded: a misspelt name should not cost that wait
+    script = None if args.script is None else _script_lines(Path(args.script).expanduser())
+    model, tokenizer = _load_model(args)
+    session = _open_session(args, model, tokenizer, args.system)
+    chat = _Chat(session, echoes=script is not None or not sys.stdin.isatty())
+    chat.say(_about(_folder(args.model), model))
+    try:
+        for line in _typed_lines() if script is None else script:
+            chat.take(line)
+            if chat.is_over:
+                break
+    except KeyboardInterrupt:
+        print()
+    return 0
+
+
+def _about(folder: str, model: Any) -> str:
+    """The first line of the model's about.txt, which says what the model was trained to talk about."""
+    try:
+        about = (Path(folder) / "about.txt").read_text(encoding="utf-8").strip()
+        return about.splitlines()[0]
+    except (OSError, ValueError, IndexError):
+        size = model.num_parameters() / 1e6
+        return f"{folder}: {size:.1f} million parameters; it does not say what it was trained to talk about."
+
+
+def _script_lines(path: Path) -> list[str]:
+    lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    return [line for line in lines if not line.lstrip().startswith("#")]
+
+
+def _typed_lines() -> Iterator[str]:
+    """Lines from the terminal with a prompt, or from a pipe without; ends with the input."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() its line editing)
+    print("    /help lists the commands, /quit or Ctrl-D leaves.")
+    while True:
+        try:
+            yield input("you> ")
+        except EOFError:
+            print()
+            return
+
+
+class _Chat:
+    """The conversations of one `rxt chat`, by name, and what can be typed in it."""
+
+    def __init__(self, session: Any, *, echoes: bool):
+        self.name = "main"
+        self.conversations = {self.name: session}
+        self.echoes = echoes
+        self.is_over = False
+
+    @property
+    def session(self) -> Any:
+        return self.conversations[self.name]
+
+    def say(self, text: str) -> None:
+        print(f"    {text.translate(_PRINTABLE)}", flush=True)
+
+    def take(self, line: str) -> None:
+        """Answers one line or obeys its command; whatever is wrong with it becomes a message."""
+        line = line.strip()
+        if not line:
+            return
+        if self.echoes:
+            print(f"you> {line.translate(_PRINTABLE)}")
+        command, _, rest = line.partition(" ")
+        try:
+            if not line.startswith("/"):
+                self.answer(line)
+            elif command in COMMANDS:
+                COMMANDS[command][1](self, rest.strip())
+            else:
+                self.say(f"There is no command {command[:40]}; /help lists the commands.")
+        except BrokenPipeError:
+            raise
+        except Exception as error:
+            # the memory of the conversation is worth more than a traceback
+            self.say(_sentence(error))
+
+    def answer(self, query: str) -> None:
+        pieces = self.session.stream(query)
+        print("rxt> ", end="", flush=True)
+        try:
+            for piece in pieces:
+                print(piece.translate(_PRINTABLE), end="", flush=True)
+            print(flush=True)
+        except KeyboardInterrupt:
+            pieces.close()
+            print()
+            self.say("The turn is cancelled; the memory is as before.")
+        except Exception:
+            print()
+            raise
+
+    def save(self, path: str) -> None:
+        self.session.save(_given(path, "/save FILE"))
+        self.say(f"Saved to {path}.")
+
+    def load(self, path: str) -> None:
+        file, session = _given(path, "/load FILE"), self.session
+        loaded = session.load(file, session.model, session.tokenizer, **session.generate_defaults)
+        self.conversations[self.name] = loaded
+        self.say(f"Loaded {path}: {loaded.turns} turns.")
+
+    def fork(self, name: str) -> None:
+        if not name:
+            for each, session in self.conversations.items():
+                self.say(f"{'*' if each == self.name else ' '} {each}: {session.turns} turns")
+        elif name in self.conversations:
+            self.say(f"There is a conversation {name} already; /fork lists them.")
+        else:
+            self.conversations[name] = self.session.fork()
+            self.say(f"Kept as {name}; going on in {self.name}.")
+
+    def switch(self, name: str) -> None:
+        if name not in self.conversations:
+            self.say(f"There is no conversation {name!r}; /fork lists them.")
+        else:
+            self.name = name
+            self.say(f"Going on in {name}: {self.session.turns} turns.")
+
+    def undo(self, _: str) -> None:
+        last = self.session.history[-1:]
+        self.session.undo()
+        self.say(f"Undone: {last[0]['query']}")
+
+    def forget(self, number: str) -> None:
+        history = self.session.history
+        if not number:
+            for place, turn in enumerate(history, start=1):
+                self.say(f"{place}. {turn['query']} -> {turn['answer']}")
+        elif not number.isdecimal() or not 1 <= int(number[:9]) <= len(history):
+            self.say(f"/forget N needs a turn from 1 to {len(history)}; /forget lists them.")
+        else:
+            self.session.forget(int(number) - 1)
+            self.say(f"Forgotten: {history[int(number) - 1]['query']}")
+
+    def memory(self, _: str) -> None:
+        memory = self.session.stm_cache
+        shape = f"{memory.num_memory_slots} slots x {memory.num_memory_layers} layers x {memory.hidden_size}"
+        self.say(f"{shape}, {memory.nbytes} bytes, {self.session.turns} turns")
+
+    def help(self, _: str) -> None:
+        for usage, _method, description in COMMANDS.values():
+            self.say(f"{usage:<13} {description}")
+
+    def quit(self, _: str) -> None:
+        self.is_over = True
+
+
+def _given(path: str, usage: str) -> Path:
+    if not path:
+        raise ValueError(f"{usage} needs a file.")
+    return Path(path).expanduser()
+
+
+COMMANDS: dict[str, tuple[str, Callable[[_Chat, str], None], str]] = {
+    usage.split()[0]: (usage, method, description)
+    for usage, method, description in (
+        ("/save FILE", _Chat.save, "write the memory, and the log beside it"),
+        ("/load FILE", _Chat.load, "go on from a saved memory, in place of this conversation"),
+        ("/fork [NAME]", _Chat.fork, "keep this conversation as NAME and go on in a copy; alone: list"),
+        ("/switch NAME", _Chat.switch, "go on in the conversation NAME"),
+        ("/undo", _Chat.undo, "back to before the last turn"),
+        ("/forget [N]", _Chat.forget, "make the memory as if turn N had never been; alone: list the turns"),
+        ("/memory", _Chat.memory, "size of the memory"),
+        ("/help", _Chat.help, "this list"),
+        ("/quit", _Chat.quit, "leave"),
+    )
+}
+
+VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
+    "chat": ("talk with a model", _add_chat_arguments, _chat),
+    "generate": ("one turn: print the answer to one query", _add_generate_arguments, _generate),
+    "env": ("versions and devices, for bug reports", lambda parser: None, _env),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

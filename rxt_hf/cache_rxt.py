@@ -195,7 +195,7 @@ class STMCache:
         raw = header.to_bytes()
         if len(raw) > MAX_HEADER_BYTES:
             raise StateError(f"Cannot save a header of {len(raw)} bytes, limit {MAX_HEADER_BYTES}: long fingerprint.")
-        _write_atomically(Path(os.path.realpath(path)), len(raw).to_bytes(8, "little"), raw, *body)
+        write_atomically(Path(os.path.realpath(path)), len(raw).to_bytes(8, "little"), raw, *body)
 
     @classmethod
     def load(cls, path: str | os.PathLike, model: Any = None, device: torch.device | str | None = None) -> "STMCache":
@@ -243,6 +243,9 @@ def as_stm_cache(value: Any, *, batch_size: int | None = None, config: Any = Non
         `ValueError`: naming both shapes, if they differ.
         `TypeError`: if `value` is anything else.
     """
+    if type(value).__name__ == "STMCache" and not isinstance(value, STMCache):
+        # made by this same file, loaded a second time from a Hub folder or from the package
+        value = STMCache(value.states, value.turns, value.fingerprint)
     if not isinstance(value, (STMCache, torch.Tensor)):
         raise TypeError(f"stm_cache must be an STMCache or a tensor {DIMENSIONS}, got {type(value).__name__}.")
     states = value.states if isinstance(value, STMCache) else value
@@ -368,7 +371,7 @@ def _parse_header(content: Any, path: str) -> _Header:
     return header
 
 
-def _write_atomically(target: Path, *chunks: Any) -> None:
+def write_atomically(target: Path, *chunks: Any) -> None:
     # One fixed name per target: what a killed save left is overwritten by the next one, without a search.
     temporary = target.with_name(f".{target.name}.tmp")
     with _only_writer(temporary):

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers.utils import logging
 
-from .cache_rxt import StateError, STMCache, _write_atomically, as_stm_cache
+from .cache_rxt import StateError, STMCache, as_stm_cache, write_atomically
 from .modeling_rxt import RxTForCausalLM
 
 logger = logging.get_logger(__name__)
@@ -193,7 +193,7 @@ class RxTSession:
             "turns": [[turn.query, turn.answer, turn.token_ids.tolist()] for turn in state.log],
         }
         log["checksum"] = _checksum(state.memory, log)
-        _write_atomically(_log_path(path), json.dumps(log).encode())
+        write_atomically(_log_path(path), json.dumps(log).encode())
 
     @classmethod
     def load(

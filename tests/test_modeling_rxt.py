@@ -213,6 +213,8 @@ def test_gate_blends_in_float32_where_bfloat16_would_lose_the_old_memory():
 def test_memory_keeps_its_precision_under_a_model_of_another(model, memory):
     half = copy.deepcopy(model).bfloat16()
     embeds = half.get_input_embeddings()(IDS)
+    for initial in ("random", "zeros"):
+        assert tiny_model(memory_init=initial).bfloat16().init_stm(2).dtype == torch.bfloat16
     assert half.init_stm(2).dtype == torch.bfloat16
     for kept in (memory, memory.to(torch.bfloat16)):
         assert half.update_memory(kept, IDS).dtype == kept.dtype
@@ -350,11 +352,13 @@ def test_memory_of_another_shape_is_refused_naming_both_before_any_layer_runs(mo
         "update_memory": lambda: model.update_memory(wrong, IDS),
         "generate": lambda: model.generate(IDS, stm_cache=wrong),
     }
-    layers = [model.model.layers[0], model.model.memory_encoder.layers[0]]
+    # generate refuses before the model is called at all
+    untouched = [model.model.layers[0], model.model.memory_encoder.layers[0]]
+    untouched += [model.model] if call == "generate" else []
     message = rf"{tuple(shape)}, expected (2, 2, 5, 32)".replace("(", r"\(").replace(")", r"\)")
-    with counted_calls(*layers) as calls_made, pytest.raises(ValueError, match=message):
+    with counted_calls(*untouched) as counts, pytest.raises(ValueError, match=message):
         calls[call]()
-    assert calls_made == [0, 0]
+    assert set(counts) == {0}
 
 
 @pytest.mark.parametrize("shape", [(2, 9), (2, 4), (1, 6), (3, 6)])
@@ -538,7 +542,8 @@ def test_decoding_step_compiles_to_one_whole_graph(memory):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     caches = [model(IDS, stm_cache=memory, use_cache=True).past_key_values for _ in range(2)]
     expected = model(following, stm_cache=memory, past_key_values=caches[0]).logits
-    close(compiled(following, stm_cache=memory.states, past_key_values=caches[1]).logits, expected)
+    # an equal memory, which cannot be compared within a graph
+    close(compiled(following, stm_cache=memory.states.clone(), past_key_values=caches[1]).logits, expected)
 
 
 @pytest.mark.slow

@@ -49,6 +49,26 @@ MIX: dict[str, Any] = {
     "p_open": 0.6,
 }
 LABELLED_SHARE = 0.3
+RECIPE: dict[str, Any] = {
+    "max_steps": 12_000,
+    "learning_rate": 3e-3,
+    "adam_beta2": 0.98,
+    "weight_decay": 0.01,
+    "warmup_steps": 200,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.05},
+    "max_grad_norm": 0.5,
+    # one item of the data set is one step
+    "per_device_train_batch_size": 1,
+    "train_sampling_strategy": "sequential",
+    "bf16": True,
+    "use_cpu": True,
+    "logging_steps": 100,
+    "save_steps": 500,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "seed": 1,
+}
 MAX_TURN_TOKENS = 30
 
 
@@ -219,7 +239,8 @@ def build_model(arm: str, config: RxTConfig) -> RxTForCausalLM | LlamaForCausalL
 
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser(cast("Any", (FactDialogueArguments, TrainingArguments)))
-    options, args = parser.parse_args_into_dataclasses(argv)
+    parser.set_defaults(**RECIPE)
+    options, args = cast("tuple[FactDialogueArguments, TrainingArguments]", parser.parse_args_into_dataclasses(argv))
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "tokenizer.json").exists():

@@ -111,6 +111,18 @@ class RxTConfig(PreTrainedConfig):
         "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "norm": (["hidden_states"], ["hidden_states"]),
     }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+    # the memory attention stays whole with the root: its keys and values are computed outside its layers' forward
+    base_model_fsdp_plan = {
+        "embed_tokens": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "memory_encoder.layers.*": "free_full_weight",
+        "norm": "keep_full_weight",
+    }
     attribute_map = {"num_local_experts": "num_experts"}
 
     vocab_size: int = 32000

@@ -139,6 +139,8 @@ class RxTGenerationMixin(GenerationMixin):
         if ids is None and embeds is None:
             # the lone begin-of-sequence token that transformers starts from
             return torch.ones((1, 1), dtype=torch.long, device=self.device)
+        if ids is not None and ids.dim() != 2:
+            raise ValueError(f"generate takes ids of shape (batch_size, tokens), got {tuple(ids.shape)}.")
         shape = (ids if embeds is None else embeds).shape[:2]
         if shape[1] == 0:
             raise ValueError("The prompt is empty: generate needs at least one token.")

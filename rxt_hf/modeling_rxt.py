@@ -810,6 +810,7 @@ class RxTModel(RxTPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size = inputs_embeds.shape[0]
+        check_mask_shape(attention_mask, inputs_embeds, past_key_values)
 
         if inputs_embeds.dim() == 4:
             if past_key_values is not None:
@@ -929,6 +930,23 @@ def positions_in_interaction(attention_mask, inputs_embeds, past_key_values=None
     return (torch.arange(length, device=inputs_embeds.device) + start).unsqueeze(0)
 
 
+def check_mask_shape(attention_mask, inputs_embeds, past_key_values) -> None:
+    """A mask of ones and zeros has one column for each token, those in the cache included."""
+    if not isinstance(attention_mask, torch.Tensor) or torch.compiler.is_compiling():
+        return
+    expected = inputs_embeds.shape[:-1]
+    if len(expected) == 2:
+        if attention_mask.dim() == 4:
+            return
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        expected = (expected[0], past + expected[1])
+    if tuple(attention_mask.shape) != tuple(expected):
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit an interaction of shape "
+            f"{tuple(expected)}."
+        )
+
+
 def packed(keys_values, attention_mask, slots):
     """Keys and values without padding in one row, and the offsets that flash kernels find the batch's rows by."""
     lengths = attention_mask.sum(dim=-1, dtype=torch.int32)
@@ -983,7 +1001,7 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
     def memory_fingerprint(self) -> str:
         """
         Names the weights that a memory belongs to: a hash of a few elements of every parameter, rounded to bfloat16,
-        so that loading in another floating dtype or on another device does not change it.
+        so that loading in bfloat16, float32 or float64, or on another device, does not change it.
         """
         samples = []
         for parameter in self.model.parameters():

@@ -363,10 +363,20 @@ def test_memory_of_another_shape_is_refused_naming_both_before_any_layer_runs(mo
 
 @pytest.mark.parametrize("shape", [(2, 9), (2, 4), (1, 6), (3, 6)])
 def test_mask_of_another_shape_than_the_interaction_is_refused_naming_both(model, memory, shape):
+    for call in (lambda mask: model.update_memory(memory, IDS, mask), lambda mask: model(IDS, mask, stm_cache=memory)):
+        with pytest.raises(ValueError) as refusal:
+            call(torch.ones(shape))
+        assert f"{shape}" in str(refusal.value)
+        assert "(2, 6)" in str(refusal.value)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 3), (2, 6), (2, 2, 6)])
+def test_mask_of_another_shape_than_the_episode_is_refused_naming_both(model, memory, shape):
+    episode = IDS.unsqueeze(1).expand(-1, 3, -1)
     with pytest.raises(ValueError) as refusal:
-        model.update_memory(memory, IDS, torch.ones(shape))
+        model(episode, torch.ones(shape), stm_cache=memory)
     assert f"{shape}" in str(refusal.value)
-    assert "(2, 6)" in str(refusal.value)
+    assert "(2, 3, 6)" in str(refusal.value)
 
 
 def test_input_is_either_ids_or_embeddings(model, memory):

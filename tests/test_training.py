@@ -239,7 +239,7 @@ def test_padding_changes_no_loss(batch, fields, checkpointing, turns, tokens):
         model.activation_checkpointing_enable()
     expected = model(**batch)
     output = model(**padded(batch, turns, tokens))
-    torch.testing.assert_close(output.loss, expected.loss, atol=1e-6, rtol=0)
+    torch.testing.assert_close(output.loss, expected.loss, atol=2e-6, rtol=0)
     torch.testing.assert_close(output.stm_cache.states, expected.stm_cache.states, atol=1e-6, rtol=0)
 
 

@@ -516,9 +516,9 @@ def _noisy(template: str) -> str:
 class _Writer:
     """Writes one dialogue turn by turn."""
 
-    def __init__(self, rng: Random, split: str, p_open: float, p_noise: float, max_live: int) -> None:
+    def __init__(self, rng: Random, split: str, p_open: float, p_noise: float, max_live: int, only_open: bool) -> None:
         self.rng, self.split, self.p_open, self.p_noise = rng, split, p_open, p_noise
-        self.names = _OPEN_NAMES if split == "open" else tuple(ATTRIBUTES)
+        self.names = _OPEN_NAMES if only_open else tuple(ATTRIBUTES)
         self.max_live = min(max_live, len(self.names))
         self.facts: dict[str, _Fact] = {}
         self.turn = 0
@@ -683,8 +683,12 @@ def generate_dialogue(
     p_two: float = 0.1,
     p_noise: float = 0.15,
     max_live_facts: int | None = None,
+    only_open: bool = False,
 ) -> Dialogue:
-    """Write the dialogue of a seed; turns that are impossible (a question before any fact) become statements."""
+    """
+    Write the dialogue of a seed; turns that are impossible (a question before any fact) become statements.
+    `only_open` states nothing but attributes that any word fits, as split "open" does.
+    """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     default_open = {"train": 0.5, "open": 1.0}.get(split, 0.0)
@@ -694,6 +698,7 @@ def generate_dialogue(
         default_open if p_open is None else p_open,
         p_noise,
         len(ATTRIBUTES) if max_live_facts is None else max_live_facts,
+        only_open or split == "open",
     )
     turns = []
     for writer.turn in range(num_turns):

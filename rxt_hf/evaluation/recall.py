@@ -193,6 +193,16 @@ def answer_perplexity(
     return math.exp(total / count)
 
 
+def effective_rank(states: torch.Tensor) -> list[float]:
+    """
+    Exponential of the entropy of the singular values of each memory layer's slots, mean over rows: 1 if all slots are
+    one vector, `num_memory_slots` if they are orthogonal and equally long (Roy and Vetterli, 2007).
+    """
+    values = torch.linalg.svdvals(states.double())
+    shares = values / values.sum(dim=-1, keepdim=True)
+    return torch.exp(-torch.special.xlogy(shares, shares).sum(dim=-1)).mean(dim=0).tolist()
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Recall of facts over turns")
     parser.add_argument("model")

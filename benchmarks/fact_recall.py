@@ -1,0 +1,119 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Recall of the demo, its controls and its baselines on held-out fact dialogues, greedy and closed loop.
+
+    python benchmarks/fact_recall.py --full-history DIR --current-turn DIR --output benchmarks/results/fact_recall.json
+
+DIR are baselines trained by `python -m rxt_hf.training.fact_dialogues --arm ...`; without them only the demo is
+measured. About 15 minutes on one core.
+"""
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import rxt_hf
+from rxt_hf.chat_template import encode_interactions
+from rxt_hf.data.collator import RxTEpisodeCollator
+from rxt_hf.data.facts import generate_dialogue
+from rxt_hf.evaluation.recall import FIRST_TEST_SEED, answer_perplexity, effective_rank, recall
+
+# turns of a dialogue, and how many dialogues give a few hundred questions
+DIALOGUES = {4: 400, 8: 200, 16: 120, 32: 60, 64: 40}
+CASES = [("seen", turns) for turns in (8, 16, 32, 64)]
+CASES += [("unseen", 8), ("unseen", 16), ("unseen", 32), ("open", 4), ("open", 8), ("open", 16)]
+
+
+def environment() -> dict:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "rxt_hf": rxt_hf.__version__,
+        "device": "cpu",
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def measure(model, tokenizer, share: float, *, full_history: bool = False, cases=CASES, control="none") -> dict:
+    rows = []
+    for split, turns in cases:
+        row = recall(
+            model,
+            tokenizer,
+            split=split,
+            num_turns=turns,
+            num_dialogues=max(2, int(DIALOGUES[turns] * share)),
+            full_history=full_history,
+            control=control,
+        )
+        print(f"  {split:7}{turns:3} turns  recall {row['recall']}  ({row['questions']} questions)", flush=True)
+        rows.append(row)
+    result = {"parameters": sum(p.numel() for p in model.parameters()), "dtype": str(model.dtype), "recall": rows}
+    if control == "none":
+        result["answer_perplexity"] = {
+            turns: round(answer_perplexity(model, tokenizer, num_turns=turns, full_history=full_history), 4)
+            for turns in (8, 16, 32, 64)
+        }
+    return result
+
+
+@torch.no_grad()
+def ranks(model, tokenizer, num_turns: int = 64, rows: int = 16) -> dict:
+    """Effective rank of the memory after 0, 1, 8 and 64 turns of reference dialogues."""
+    episodes = []
+    for row in range(rows):
+        turns = generate_dialogue(FIRST_TEST_SEED + row, split="seen", num_turns=num_turns)["interactions"]
+        episodes.append(encode_interactions(tokenizer, *zip(*((t["query"], t["answer"]) for t in turns), strict=True)))
+    batch = RxTEpisodeCollator(tokenizer.pad_token_id)(episodes)
+    memory, found = model.init_stm(rows), {}
+    for turn in range(num_turns + 1):
+        if turn in (0, 1, 8, num_turns):
+            found[turn] = [round(rank, 2) for rank in effective_rank(memory.states)]
+        if turn < num_turns:
+            memory = model.update_memory(memory, batch["input_ids"][:, turn], batch["attention_mask"][:, turn])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default=str(rxt_hf.DEMO))
+    parser.add_argument("--full-history", help="folder of the Llama that re-reads the whole dialogue")
+    parser.add_argument("--current-turn", help="folder of the Llama that sees one turn only")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the dialogues to play")
+    parser.add_argument("--output", default="fact_recall.json")
+    options = parser.parse_args()
+    start = time.time()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(options.model)
+
+    def load(folder):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    model = load(options.model)
+    print("rxt", flush=True)
+    report = {"environment": environment(), "rxt": measure(model, tokenizer, options.share)}
+    report["rxt"]["memory_bytes"] = model.init_stm(1).nbytes
+    report["rxt"]["effective_rank_by_turn"] = ranks(model, tokenizer)
+    for control in ("other_memory", "cleared_memory"):
+        print(control, flush=True)
+        cases = [("seen", 8), ("seen", 32)]
+        report[control] = measure(model, tokenizer, options.share, cases=cases, control=control)
+    for arm, folder in (("full_history", options.full_history), ("current_turn", options.current_turn)):
+        if folder is not None:
+            print(arm, flush=True)
+            report[arm] = measure(load(folder), tokenizer, options.share, full_history=arm == "full_history")
+            seconds = Path(folder, "cpu_seconds.txt")
+            report[arm]["training_cpu_seconds"] = float(seconds.read_text()) if seconds.exists() else None
+    report["seconds"] = round(time.time() - start)
+    Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

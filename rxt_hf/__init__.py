@@ -23,7 +23,17 @@ __all__ = [
     "RxTForCausalLM",
     "RxTModel",
     "RxTPreTrainedModel",
+    "RxTSession",
     "STMCache",
     "StateError",
     "__version__",
 ]
+
+
+def __getattr__(name: str):
+    # a session is for applications; whoever trains or loads a model does not pay for its import
+    if name == "RxTSession":
+        from .session import RxTSession
+
+        return RxTSession
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,6 +21,7 @@ import os
 import reprlib
 import shutil
 from collections.abc import Generator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -110,6 +111,10 @@ class STMCache:
     def nbytes(self) -> int:
         """Bytes of `states`; the same after every turn."""
         return self.states.numel() * self.states.element_size()
+
+    def wait(self) -> "STMCache":
+        """This memory, once it has been written: at once, unless it comes from `update_memory="async"`."""
+        return self
 
     def __len__(self) -> int:
         return self.batch_size
@@ -229,13 +234,53 @@ class STMCache:
         return cls(states.to(device), turns, header.fingerprint)
 
 
+class PendingSTMCache(STMCache):
+    """
+    A memory that is still being written. It is used like any other: the first use of what it holds waits for the
+    write, and raises its error if it failed, then and at every later use.
+
+    Args:
+        future (`concurrent.futures.Future`): gives the written [`STMCache`].
+    """
+
+    def __init__(self, future: Future):
+        self._future = future
+
+    def wait(self, timeout_s: float | None = None) -> STMCache:
+        """
+        The written memory.
+
+        Args:
+            timeout_s (`float`, *optional*): seconds to wait at most.
+
+        Raises: `TimeoutError` after `timeout_s`, and whatever the write raised.
+        """
+        return self._future.result(timeout_s)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the write is still under way."""
+        return not self._future.done()
+
+    states = property(lambda self: self.wait().states)
+    turns = property(lambda self: self.wait().turns)
+    fingerprint = property(lambda self: self.wait().fingerprint)
+
+    def __repr__(self) -> str:
+        return "PendingSTMCache(being written)" if self.is_pending else f"PendingSTMCache({self.wait()})"
+
+    def __reduce__(self):
+        written = self.wait()
+        return STMCache, (written.states, written.turns, written.fingerprint)
+
+
 def as_stm_cache(value: Any, *, batch_size: int | None = None, config: Any = None) -> STMCache:
     """
     The `STMCache` that a caller passed as such or as a plain tensor, checked before any forward.
 
     Args:
         value (`STMCache` or `torch.Tensor` of shape `(batch_size, num_memory_layers, num_memory_slots, hidden_size)`):
-            The memory. An `STMCache` comes back as the same object.
+            The memory. An `STMCache` comes back as the same object, a pending one as what was written.
         batch_size (`int`, *optional*): The number of rows it must have.
         config (`RxTConfig`, *optional*): The layers, slots and width that it must have.
 
@@ -246,6 +291,7 @@ def as_stm_cache(value: Any, *, batch_size: int | None = None, config: Any = Non
     if type(value).__name__ == "STMCache" and not isinstance(value, STMCache):
         # made by this same file, loaded a second time from a Hub folder or from the package
         value = STMCache(value.states, value.turns, value.fingerprint)
+    value = value.wait() if isinstance(value, STMCache) else value
     if not isinstance(value, (STMCache, torch.Tensor)):
         raise TypeError(f"stm_cache must be an STMCache or a tensor {DIMENSIONS}, got {type(value).__name__}.")
     states = value.states if isinstance(value, STMCache) else value

@@ -14,7 +14,11 @@
 """`generate` with a memory that goes in and comes out."""
 
 import copy
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
 
 import torch
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
@@ -25,7 +29,7 @@ from transformers.generation import (
     GenerationMixin,
 )
 
-from .cache_rxt import STMCache, as_stm_cache
+from .cache_rxt import PendingSTMCache, STMCache, as_stm_cache
 
 
 @dataclass
@@ -74,7 +78,7 @@ class RxTGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig | None = None,
         *,
         stm_cache: STMCache | torch.Tensor | None = None,
-        update_memory: bool | None = None,
+        update_memory: bool | Literal["async"] | None = None,
         **kwargs,
     ) -> RxTGenerateOutput | RxTGenerateBeamOutput | torch.LongTensor:
         r"""
@@ -84,9 +88,11 @@ class RxTGenerationMixin(GenerationMixin):
             stm_cache ([`STMCache`] or `torch.Tensor`, *optional*): the memory of the turns before, one row for each
                 row of the prompt; by default the initial one. It is not changed. Passing it also asks for the output
                 object.
-            update_memory (`bool`, *optional*, defaults to `generation_config.update_memory`, else `True`): whether
-                the interaction is written into the returned memory. The write starts after the last token has gone
-                to the streamer.
+            update_memory (`bool` or `"async"`, *optional*, defaults to `generation_config.update_memory` or `True`):
+                whether the interaction is written into the returned memory. The write starts after the last token has
+                gone to the streamer. With `"async"` a thread of its own (on a GPU: a stream of its own) writes, and
+                `generate` returns at once; the first use of the returned memory waits, raises the error of a write
+                that failed, and sees the same numbers as with `True`.
 
         Returns: [`RxTGenerateOutput`] (beams: [`RxTGenerateBeamOutput`]) with `stm_cache` set if `stm_cache` or
         `return_dict_in_generate=True` was given, else the sequences alone (then nothing is written). With
@@ -102,8 +108,8 @@ class RxTGenerationMixin(GenerationMixin):
             raise ValueError('cache_implementation="paged" would lose the memory; use "dynamic" or "static".')
         if update_memory is None:
             update_memory = getattr(config, "update_memory", True)
-        if not isinstance(update_memory, bool):
-            raise ValueError(f"update_memory must be True or False, got {update_memory!r}.")
+        if not isinstance(update_memory, bool) and update_memory != "async":
+            raise ValueError(f'update_memory must be True, False or "async", got {update_memory!r}.')
 
         ids = kwargs.get("input_ids") if inputs is None else inputs
         embeds = kwargs.get("inputs_embeds")
@@ -127,8 +133,11 @@ class RxTGenerationMixin(GenerationMixin):
         copies = output.sequences.shape[0] // batch_size
         if copies > 1:
             stm_cache, prompt_mask = stm_cache.repeat(copies), prompt_mask.repeat_interleave(copies, dim=0)
-        if update_memory:
-            stm_cache = self._write_turn(stm_cache, output.sequences, ids, embeds, prompt_mask, config)
+        turn = (stm_cache, output.sequences, ids, embeds, prompt_mask, config)
+        if update_memory == "async":
+            stm_cache = self._write_turn_async(*turn)
+        elif update_memory:
+            stm_cache = self._write_turn(*turn)
         output_class = RxTGenerateOutput
         if isinstance(output, GenerateBeamDecoderOnlyOutput):
             output_class = RxTGenerateBeamOutput
@@ -176,6 +185,28 @@ class RxTGenerationMixin(GenerationMixin):
             stm_cache, inputs_embeds=embeds, attention_mask=torch.cat([prompt_mask, answer_mask], 1)
         )
 
+    def _write_turn_async(self, *turn) -> PendingSTMCache:
+        """The same write in another thread, under this thread's autocast and after this thread's GPU work."""
+        device = self.device
+        autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        before = None if stream is None else stream.record_event()
+
+        def write() -> STMCache:
+            with torch.no_grad(), torch.autocast(device.type, enabled=autocast[0], dtype=autocast[1]):
+                if stream is None:
+                    return self._write_turn(*turn)
+                side_stream = torch.cuda.Stream(device)
+                side_stream.wait_event(before)
+                with torch.cuda.stream(side_stream):
+                    written = self._write_turn(*turn)
+                side_stream.synchronize()
+                # the memory will be read, and freed, on the stream of the conversation
+                written.states.record_stream(stream)
+                return written
+
+        return PendingSTMCache(_writers(os.getpid()).submit(write))
+
     def _draft(self, inputs, generation_config, stm_cache, **kwargs):
         """
         Candidates for another model's assisted decoding: nothing is written, and the other model's memory is read
@@ -206,6 +237,12 @@ class RxTGenerationMixin(GenerationMixin):
         raise ValueError("Continuous batching would lose the memory; call generate with a batch of prompts instead.")
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+
+@lru_cache(maxsize=1)
+def _writers(process_id: int) -> ThreadPoolExecutor:
+    """Threads that write memories; a forked process, which has none of its parent's threads, gets its own."""
+    return ThreadPoolExecutor(max_workers=4, thread_name_prefix="rxt-memory-write")
 
 
 def _as_list(token_ids) -> list[int]:

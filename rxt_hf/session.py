@@ -270,8 +270,18 @@ class RxTSession:
             finally:
                 self._busy_thread = None
 
-    def _generate(self, text: str, prompt: torch.Tensor, kwargs: dict[str, Any]) -> tuple[str, _State]:
+    def _settle(self) -> _State:
+        """Waits for an asynchronous write; one that failed takes its turn back, and its error is raised."""
         state = self._state
+        try:
+            state.memory.wait()
+        except Exception:
+            self._state = _State(state.base, state.previous or state.base, state.log[:-1])
+            raise
+        return state
+
+    def _generate(self, text: str, prompt: torch.Tensor, kwargs: dict[str, Any]) -> tuple[str, _State]:
+        state = self._settle()
         output = self.model.generate(
             input_ids=prompt, attention_mask=torch.ones_like(prompt), stm_cache=state.memory, **kwargs
         )

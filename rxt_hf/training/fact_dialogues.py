@@ -103,7 +103,7 @@ class FactDialogues(Dataset):
         turns = choices[step % len(choices)]
         # statements of two facts are long: they come together, so that other steps are not padded to their length
         is_long = step % 6 == 0
-        mix = MIX | {"p_two": 0.35 if is_long else 0.0}
+        mix: dict[str, Any] = MIX | {"p_two": 0.35 if is_long else 0.0}
         if step >= OPEN_FROM * self.steps and step % 5 in (1, 3):
             mix |= {"only_open": True, "p_open": 1.0}
         seed, episodes = FIRST_TRAINING_SEED + step * 10_000, []

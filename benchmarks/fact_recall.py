@@ -82,6 +82,32 @@ def ranks(model, tokenizer, num_turns: int = 64, rows: int = 16) -> dict:
     return found
 
 
+def table(report: dict) -> str:
+    """The report in Markdown, as the README and the model card show it."""
+    lengths = (4, 8, 16, 32, 64)
+
+    def line(title: str, rows: list[dict], figure: str = "recall") -> str:
+        found = {row["turns"]: row[figure] for row in rows}
+        cells = [f"{found[turns]:.3f}" if found.get(turns) is not None else "" for turns in lengths]
+        return f"| {title} | " + " | ".join(cells) + " |"
+
+    def split(arm: str, name: str) -> list[dict]:
+        return [row for row in report[arm]["recall"] if row["split"] == name]
+
+    lines = [
+        "| turns of the dialogue | " + " | ".join(map(str, lengths)) + " |",
+        "|---|" + "---|" * len(lengths),
+        line("facts of trained pairs", split("rxt", "seen")),
+        line("pairs of attribute and value never trained together", split("rxt", "unseen")),
+        line("names never seen in training", split("rxt", "open")),
+        line("stale answers about overwritten facts", split("rxt", "seen"), "stale"),
+        line('"You have not told me that yet." where it is due', split("rxt", "seen"), "abstention"),
+        line("with another dialogue's memory", split("other_memory", "seen")),
+        line("with the memory cleared", split("cleared_memory", "seen")),
+    ]
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(rxt_hf.DEMO))
@@ -113,6 +139,7 @@ def main() -> None:
             report[arm]["training_cpu_seconds"] = float(seconds.read_text()) if seconds.exists() else None
     report["seconds"] = round(time.time() - start)
     Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
+    print(table(report))
 
 
 if __name__ == "__main__":

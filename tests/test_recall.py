@@ -248,10 +248,17 @@ def test_the_command_prints_one_line_for_each_split_and_number_of_turns(model, t
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     capsys.readouterr()
-    options = ["--split", "seen", "open", "--turns", "2", "3", "--dialogues", "2", "--control", "cleared_memory"]
+    options = ["--split", "seen", "open", "--turns", "2", "8", "--dialogues", "2", "--control", "cleared_memory"]
     main([str(tmp_path), *options])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(line["split"], line["turns"]) for line in lines] == [("seen", 2), ("seen", 3), ("open", 2), ("open", 3)]
+    assert [(line["split"], line["turns"]) for line in lines] == [("seen", 2), ("seen", 8), ("open", 2), ("open", 8)]
     assert {line["control"] for line in lines} == {"cleared_memory"}
-    expected = recall(model, tokenizer, split="open", num_turns=3, num_dialogues=2, control="cleared_memory")
+    expected = recall(model, tokenizer, split="open", num_turns=8, num_dialogues=2, control="cleared_memory")
     assert lines[-1] == expected
+
+
+def test_controls_are_refused_where_there_is_no_other_memory(monkeypatch):
+    with pytest.raises(ValueError, match="at least 2 dialogues"):
+        recall(None, None, num_dialogues=1, control="other_memory")
+    with pytest.raises(ValueError, match="needs a model with a memory"):
+        recall(torch.nn.Identity(), None, num_dialogues=2, control="cleared_memory")

@@ -82,6 +82,8 @@ class HistoryArm:
 def make_arm(model, tokenizer, control: Control = "none", *, full_history: bool = False) -> RxTArm | HistoryArm:
     if isinstance(model, RxTForCausalLM):
         return RxTArm(model, tokenizer, control)
+    if control != "none":
+        raise ValueError(f"control={control!r} needs a model with a memory, got {type(model).__name__}.")
     return HistoryArm(model, tokenizer, full_history)
 
 
@@ -106,6 +108,8 @@ def recall(
     about an overwritten fact answered with an older value), abstention on questions about facts not told, and recall
     by distance in turns and by number of live facts.
     """
+    if control == "other_memory" and num_dialogues < 2:
+        raise ValueError(f"other_memory needs at least 2 dialogues to take a memory from, got {num_dialogues}.")
     model.eval()
     dialogues = [
         generate_dialogue(first_seed + row, split=split, num_turns=num_turns, **dialogue_kwargs)["interactions"]

@@ -51,6 +51,10 @@ MIX: dict[str, Any] = {
 LABELLED_SHARE = 0.3
 # from this share of the run, two steps of five are about names alone: spelling an unknown one takes longest to learn
 OPEN_FROM = 1 / 3
+ABOUT = (
+    "This model was trained to remember what you tell it about yourself (names, pets, home, work, food, colours, "
+    "hobbies, dates, numbers) and to make a little small talk, in English."
+)
 RECIPE: dict[str, Any] = {
     "max_steps": 12_000,
     "learning_rate": 3e-3,
@@ -111,6 +115,11 @@ class FactDialogues(Dataset):
             dialogue = generate_dialogue(seed, num_turns=turns, **mix)
             episode = encode_dialogue(self.tokenizer, dialogue)
             seed += 1
+            if seed % 10_000 == 0:
+                raise ValueError(
+                    f"Hardly any dialogue of {turns} turns stays within {MAX_TURN_TOKENS} tokens a turn with a vocabulary "
+                    f"of {len(self.tokenizer)}: use a larger one, 1024 or more."
+                )
             if is_long or max(map(len, episode["labels"])) <= MAX_TURN_TOKENS:
                 episodes.append(episode | {"labels": self._labels(episode["labels"], dialogue["interactions"], seed)})
         return list(self._arranged(episodes))
@@ -186,7 +195,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 class CpuBudget(TrainerCallback):
-    """Counts the process's CPU seconds over all resumed runs, and stops training when they are used up."""
+    """Counts the CPU seconds of training over all resumed runs, and stops it when they are used up."""
 
     def __init__(self, folder: Path, limit: float | None):
         self.path, self.limit = folder / "cpu_seconds.txt", limit
@@ -226,7 +235,7 @@ def build_model(arm: str, config: RxTConfig) -> RxTForCausalLM | LlamaForCausalL
     }
     embedding = config.vocab_size * config.hidden_size
     # as many decoder layers as fit, then the feed-forward takes the rest
-    attention = 4 * config.hidden_size**2
+    attention = 4 * config.hidden_size * config.num_attention_heads * config.head_dim
     layer = attention + 3 * config.hidden_size * config.intermediate_size
     layers = max(1, round((target - embedding) / layer))
     width = ((target - embedding) / layers - attention) / (3 * config.hidden_size)
@@ -276,6 +285,18 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     trainer.save_model()
     trainer.save_state()
+    if isinstance(model, RxTForCausalLM):
+        save_compact(model, tokenizer, folder / "demo")
+
+
+def save_compact(model: RxTForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Weights in bfloat16, half the bytes; the configuration says float32, which they are loaded in."""
+    model.generation_config.max_new_tokens = 64
+    model.to(torch.bfloat16).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    tokenizer.save_pretrained(folder)
+    (folder / "about.txt").write_text(ABOUT + "\n")
 
 
 if __name__ == "__main__":

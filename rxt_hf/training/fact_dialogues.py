@@ -117,8 +117,8 @@ class FactDialogues(Dataset):
             seed += 1
             if seed % 10_000 == 0:
                 raise ValueError(
-                    f"Hardly any dialogue of {turns} turns stays within {MAX_TURN_TOKENS} tokens a turn with a vocabulary "
-                    f"of {len(self.tokenizer)}: use a larger one, 1024 or more."
+                    f"Hardly any dialogue of {turns} turns stays within {MAX_TURN_TOKENS} tokens a turn with a "
+                    f"vocabulary of {len(self.tokenizer)}: use a larger one, 1024 or more."
                 )
             if is_long or max(map(len, episode["labels"])) <= MAX_TURN_TOKENS:
                 episodes.append(episode | {"labels": self._labels(episode["labels"], dialogue["interactions"], seed)})
@@ -235,7 +235,7 @@ def build_model(arm: str, config: RxTConfig) -> RxTForCausalLM | LlamaForCausalL
     }
     embedding = config.vocab_size * config.hidden_size
     # as many decoder layers as fit, then the feed-forward takes the rest
-    attention = 4 * config.hidden_size * config.num_attention_heads * config.head_dim
+    attention = 4 * config.hidden_size * config.num_attention_heads * cast(int, config.head_dim)
     layer = attention + 3 * config.hidden_size * config.intermediate_size
     layers = max(1, round((target - embedding) / layer))
     width = ((target - embedding) / layers - attention) / (3 * config.hidden_size)

@@ -65,6 +65,12 @@ def measure(model, tokenizer, share: float, *, full_history: bool = False, cases
     return result
 
 
+def training_seconds(folder: str) -> float | None:
+    """What the training run wrote down, if this is its folder."""
+    path = Path(folder, "cpu_seconds.txt")
+    return float(path.read_text()) if path.exists() else None
+
+
 @torch.no_grad()
 def ranks(model, tokenizer, num_turns: int = 64, rows: int = 16) -> dict:
     """Effective rank of the memory after 0, 1, 8 and 64 turns of reference dialogues."""
@@ -108,6 +114,26 @@ def table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def arms_table(report: dict) -> str:
+    """Recall of trained pairs and answer perplexity of the three arms, in Markdown."""
+    lengths = (8, 16, 32, 64)
+    titles = {
+        "rxt": "RxT, fixed-size memory",
+        "full_history": "Llama, re-reads the whole history",
+        "current_turn": "Llama, current turn only",
+    }
+    lines = [
+        "| recall / perplexity by turns | " + " | ".join(map(str, lengths)) + " | training, CPU s |",
+        "|---|" + "---|" * (len(lengths) + 1),
+    ]
+    for arm, title in titles.items():
+        recalls = {row["turns"]: row["recall"] for row in report[arm]["recall"] if row["split"] == "seen"}
+        perplexity = {int(turns): value for turns, value in report[arm]["answer_perplexity"].items()}
+        cells = [f"{recalls[turns]:.3f} / {perplexity[turns]:.3f}" for turns in lengths]
+        lines.append(f"| {title} | " + " | ".join(cells) + f" | {report[arm]['training_cpu_seconds']:.0f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(rxt_hf.DEMO))
@@ -125,6 +151,7 @@ def main() -> None:
     model = load(options.model)
     print("rxt", flush=True)
     report = {"environment": environment(), "rxt": measure(model, tokenizer, options.share)}
+    report["rxt"]["training_cpu_seconds"] = training_seconds(options.model)
     report["rxt"]["memory_bytes"] = model.init_stm(1).nbytes
     report["rxt"]["effective_rank_by_turn"] = ranks(model, tokenizer)
     for control in ("other_memory", "cleared_memory"):
@@ -135,11 +162,12 @@ def main() -> None:
         if folder is not None:
             print(arm, flush=True)
             report[arm] = measure(load(folder), tokenizer, options.share, full_history=arm == "full_history")
-            seconds = Path(folder, "cpu_seconds.txt")
-            report[arm]["training_cpu_seconds"] = float(seconds.read_text()) if seconds.exists() else None
+            report[arm]["training_cpu_seconds"] = training_seconds(folder)
     report["seconds"] = round(time.time() - start)
     Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
+    if options.full_history and options.current_turn:
+        print(arms_table(report))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -174,17 +175,18 @@ def test_dialogues_grow_and_seeds_are_those_of_training_over_a_whole_run(monkeyp
 
     monkeypatch.setattr(fact_dialogues, "generate_dialogue", generate)
     monkeypatch.setattr(fact_dialogues, "encode_dialogue", encode)
-    data = FactDialogues(None, 12_000, 1)
-    assert all(len(data[step]) == 1 for step in range(12_000))
+    data = FactDialogues(None, 15_000, 1)
+    assert all(len(data[step]) == 1 for step in range(15_000))
     seeds, turns, options = zip(*calls, strict=True)
-    assert seeds == tuple(range(1_000_000, 121_000_000, 10_000))
-    assert Counter(turns) == {2: 360, 4: 600, 8: 6290, 16: 3050, 32: 1250, 64: 450}
+    assert seeds == tuple(range(1_000_000, 151_000_000, 10_000))
+    assert Counter(turns) == {2: 360, 4: 600, 8: 7040, 16: 3800, 32: 2000, 64: 1200}
     first = {length: turns.index(length) for length in (2, 4, 8, 16, 32, 64)}
     assert first == {2: 0, 4: 360, 8: 960, 16: 4201, 32: 7802, 64: 10203}
     assert turns[-4:] == (8, 16, 32, 64)
     only_open = [step for step, each in enumerate(options) if each.get("only_open")]
-    assert (len(only_open), only_open[0]) == (3200, 4001)
-    assert [step for step, each in enumerate(options) if each["p_two"] > 0] == list(range(0, 12_000, 6))
+    assert (len(only_open), only_open[0]) == (4400, 4001)
+    long = [step for step, each in enumerate(options) if each["p_two"] > 0]
+    assert long == [*range(0, 12_000, 6), *(step for step in range(12_000, 15_000) if step // 4 % 6 == 0)]
     assert not any("split" in each for each in options)
 
 
@@ -201,8 +203,8 @@ def test_no_episode_tells_a_held_out_pair_or_a_test_name(tokenizer):
         dialogues = (generate_dialogue(FIRST_TEST_SEED + row, split=split) for row in range(300))
         return [turn for dialogue in dialogues for turn in dialogue["interactions"]]
 
-    data = FactDialogues(tokenizer, 200, 64)
-    rows = [row for step in range(200) for episode in data[step] for row in episode["input_ids"]]
+    data = FactDialogues(tokenizer, 320, 64)
+    rows = [row for step in range(320) for episode in data[step] for row in episode["input_ids"]]
     text = re.sub(r"\[\w+\]", " ", " ".join(tokenizer.batch_decode(rows))).lower()
     words = set(re.findall(r"\w+", text))
     listed = {value for values in VALUES.values() for value in values}
@@ -289,3 +291,13 @@ def test_a_baseline_has_as_many_parameters_as_the_demo_within_two_percent(fields
     for baseline in baselines:
         assert baseline.num_parameters() == pytest.approx(rxt.num_parameters(), rel=0.02)
         assert baseline.config.tie_word_embeddings and baseline.config.vocab_size == config.vocab_size
+
+
+def test_learning_rate_falls_twice():
+    factor = partial(fact_dialogues.learning_rate_factor, steps=1000, warmup_steps=100)
+    assert [factor(step) for step in (0, 50, 100)] == [0.0, 0.5, 1.0]
+    assert factor(450) == pytest.approx(0.525)
+    assert factor(799) == pytest.approx(0.05, abs=1e-4)
+    assert factor(800) == pytest.approx(0.4)
+    assert factor(1000) == pytest.approx(0.02)
+    assert all(factor(step) > factor(step + 1) for step in range(100, 1000) if step != 799)

@@ -8,10 +8,12 @@ runs to the end, or resumes from the last checkpoint in `out`.
 """
 
 import json
+import math
 import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -37,7 +39,14 @@ from ..modeling_rxt import RxTForCausalLM
 from ..presets import PRESETS
 
 # (share of the run, turns of a dialogue): short dialogues first, so that writing and reading find each other
-CURRICULUM = ((0.03, (2,)), (0.08, (4,)), (0.35, (8,)), (0.65, (8, 16)), (0.85, (8, 16, 32)), (1.0, (8, 16, 32, 64)))
+CURRICULUM = (
+    (0.024, (2,)),
+    (0.064, (4,)),
+    (0.28, (8,)),
+    (0.52, (8, 16)),
+    (0.68, (8, 16, 32)),
+    (1.0, (8, 16, 32, 64)),
+)
 FIRST_TRAINING_SEED = 1_000_000
 # more questions than in a test dialogue: they are what trains the memory
 MIX: dict[str, Any] = {
@@ -50,19 +59,19 @@ MIX: dict[str, Any] = {
 }
 LABELLED_SHARE = 0.3
 # from this share of the run, two steps of five are about names alone: spelling an unknown one takes longest to learn
-OPEN_FROM = 1 / 3
+OPEN_FROM = 4 / 15
+# the learning rate falls twice: from the top to 5 % of it, and for the last fifth of the run from 40 % to 2 %
+SECOND_FALL_FROM = 0.8
 ABOUT = (
     "This model was trained to remember what you tell it about yourself (names, pets, home, work, food, colours, "
     "hobbies, dates, numbers) and to make a little small talk, in English."
 )
 RECIPE: dict[str, Any] = {
-    "max_steps": 12_000,
+    "max_steps": 15_000,
     "learning_rate": 3e-3,
     "adam_beta2": 0.98,
     "weight_decay": 0.01,
     "warmup_steps": 200,
-    "lr_scheduler_type": "cosine_with_min_lr",
-    "lr_scheduler_kwargs": {"min_lr_rate": 0.05},
     "max_grad_norm": 0.5,
     # one item of the data set is one step
     "per_device_train_batch_size": 1,
@@ -106,7 +115,7 @@ class FactDialogues(Dataset):
         choices = next(turns for share, turns in CURRICULUM if step < share * self.steps or share == 1.0)
         turns = choices[step % len(choices)]
         # statements of two facts are long: they come together, so that other steps are not padded to their length
-        is_long = step % 6 == 0
+        is_long = (step if step < SECOND_FALL_FROM * self.steps else step // len(choices)) % 6 == 0
         mix: dict[str, Any] = MIX | {"p_two": 0.35 if is_long else 0.0}
         if step >= OPEN_FROM * self.steps and step % 5 in (1, 3):
             mix |= {"only_open": True, "p_open": 1.0}
@@ -194,6 +203,18 @@ class MuonAdamW(torch.optim.Optimizer):
         self.param_groups = [group for inner in self.inner for group in inner.param_groups]
 
 
+def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
+    """Share of the top learning rate at a step: a warm-up and two half cosines, see `SECOND_FALL_FROM`."""
+    turn = SECOND_FALL_FROM * steps
+    if step < warmup_steps:
+        return step / max(1, warmup_steps)
+    if step < turn:
+        start, end, progress = 1.0, 0.05, (step - warmup_steps) / max(1, turn - warmup_steps)
+    else:
+        start, end, progress = 0.4, 0.02, (step - turn) / max(1, steps - turn)
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
 class CpuBudget(TrainerCallback):
     """Counts the CPU seconds of training over all resumed runs, and stops it when they are used up."""
 
@@ -274,13 +295,15 @@ def main(argv: list[str] | None = None) -> None:
     model = build_model(options.arm, RxTConfig(**settings))
     # at these sizes plain matrix products in bfloat16 are the fastest attention on a CPU
     model.set_attn_implementation("eager")
+    optimizer = MuonAdamW(model, args)
+    factor = partial(learning_rate_factor, steps=args.max_steps, warmup_steps=int(args.warmup_steps))
     trainer = Trainer(
         model=model,
         args=args,
         train_dataset=FactDialogues(tokenizer, args.max_steps, options.turns_per_step, options.arm),
         data_collator=StepCollator(tokenizer.pad_token_id),
         callbacks=[CpuBudget(folder, options.cpu_seconds)],
-        optimizers=(MuonAdamW(model, args), None),
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     trainer.save_model()

@@ -827,10 +827,11 @@ class RxTModel(RxTPreTrainedModel):
         if isinstance(past_key_values, EncoderDecoderCache) and past_key_values.is_updated.get(0):
             self._check_memory_unchanged(stm_cache, past_key_values, batch_size)
         else:
-            states, turns, fingerprint = self._read(stm_cache, batch_size)
+            given = stm_cache
+            states, turns, fingerprint = self._read(given, batch_size)
             stm_cache = STMCache(states, turns=turns, fingerprint=fingerprint)
-            if past_key_values is not None:
-                past_key_values.memory_states = states
+            if isinstance(past_key_values, EncoderDecoderCache):
+                past_key_values.memory_given, past_key_values.memory_states = given, states
         hidden_states = self.decode(
             inputs_embeds, states, attention_mask, position_ids=position_ids, past_key_values=past_key_values, **kwargs
         )
@@ -849,7 +850,9 @@ class RxTModel(RxTPreTrainedModel):
 
     def _check_memory_unchanged(self, stm_cache, past_key_values, batch_size):
         """Within a turn the memory is fixed: `past_key_values` holds its keys and values."""
-        if stm_cache is None or torch.compiler.is_compiling():
+        known = getattr(past_key_values, "memory_given", None)
+        # the same object, as in every step of generate, needs no look inside
+        if stm_cache is None or stm_cache is known or torch.compiler.is_compiling():
             return
         states, read = self._read(stm_cache, batch_size)[0], past_key_values.memory_states
         if states is not read and not (states.shape == read.shape and torch.equal(states, read)):

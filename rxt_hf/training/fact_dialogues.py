@@ -45,7 +45,8 @@ CURRICULUM = (
     (0.28, (8,)),
     (0.52, (8, 16)),
     (0.68, (8, 16, 32)),
-    (1.0, (8, 16, 32, 64)),
+    (0.8, (8, 16, 32, 64)),
+    (1.0, (8, 16, 32)),
 )
 FIRST_TRAINING_SEED = 1_000_000
 # more questions than in a test dialogue: they are what trains the memory
@@ -60,7 +61,7 @@ MIX: dict[str, Any] = {
 LABELLED_SHARE = 0.3
 # from this share of the run, two steps of five are about names alone: spelling an unknown one takes longest to learn
 OPEN_FROM = 4 / 15
-# the learning rate falls twice: from the top to 5 % of it, and for the last fifth of the run from 40 % to 2 %
+# the learning rate falls twice: from the top to 5 % of it, and for the last fifth of the run from 30 % to 2 %
 SECOND_FALL_FROM = 0.8
 ABOUT = (
     "This model was trained to remember what you tell it about yourself (names, pets, home, work, food, colours, "
@@ -211,7 +212,7 @@ def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
     if step < turn:
         start, end, progress = 1.0, 0.05, (step - warmup_steps) / max(1, turn - warmup_steps)
     else:
-        start, end, progress = 0.4, 0.02, (step - turn) / max(1, steps - turn)
+        start, end, progress = 0.3, 0.02, (step - turn) / max(1, steps - turn)
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 

@@ -11,7 +11,6 @@ measured. About 15 minutes on one core.
 import argparse
 import json
 import platform
-import time
 from pathlib import Path
 
 import torch
@@ -134,39 +133,49 @@ def arms_table(report: dict) -> str:
     return "\n".join(lines)
 
 
+def measure_rxt(folder: str, share: float) -> dict:
+    """The model with a memory, and the same with another dialogue's memory and with none."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    model = load(folder)
+    arms = {"rxt": measure(model, tokenizer, share)}
+    arms["rxt"]["training_cpu_seconds"] = training_seconds(folder)
+    arms["rxt"]["memory_bytes"] = model.init_stm(1).nbytes
+    arms["rxt"]["effective_rank_by_turn"] = ranks(model, tokenizer)
+    for control in ("other_memory", "cleared_memory"):
+        arms[control] = measure(model, tokenizer, share, cases=[("seen", 8), ("seen", 32)], control=control)
+    return arms
+
+
+def measure_history(folder: str, share: float, *, full_history: bool) -> dict:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    result = measure(load(folder), tokenizer, share, full_history=full_history)
+    return result | {"training_cpu_seconds": training_seconds(folder)}
+
+
+def load(folder: str):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(rxt_hf.DEMO))
     parser.add_argument("--full-history", help="folder of the Llama that re-reads the whole dialogue")
     parser.add_argument("--current-turn", help="folder of the Llama that sees one turn only")
     parser.add_argument("--share", type=float, default=1.0, help="share of the dialogues to play")
-    parser.add_argument("--output", default="fact_recall.json")
+    parser.add_argument("--output", default="fact_recall.json", help="arms that it holds already are kept")
     options = parser.parse_args()
-    start = time.time()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(options.model)
-
-    def load(folder):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-    model = load(options.model)
-    print("rxt", flush=True)
-    report = {"environment": environment(), "rxt": measure(model, tokenizer, options.share)}
-    report["rxt"]["training_cpu_seconds"] = training_seconds(options.model)
-    report["rxt"]["memory_bytes"] = model.init_stm(1).nbytes
-    report["rxt"]["effective_rank_by_turn"] = ranks(model, tokenizer)
-    for control in ("other_memory", "cleared_memory"):
-        print(control, flush=True)
-        cases = [("seen", 8), ("seen", 32)]
-        report[control] = measure(model, tokenizer, options.share, cases=cases, control=control)
+    path = Path(options.output)
+    report = json.loads(path.read_text()) if path.exists() else {}
+    report["environment"] = environment()
+    report["share_of_dialogues"] = options.share
+    if "rxt" not in report:
+        report |= measure_rxt(options.model, options.share)
     for arm, folder in (("full_history", options.full_history), ("current_turn", options.current_turn)):
-        if folder is not None:
-            print(arm, flush=True)
-            report[arm] = measure(load(folder), tokenizer, options.share, full_history=arm == "full_history")
-            report[arm]["training_cpu_seconds"] = training_seconds(folder)
-    report["seconds"] = round(time.time() - start)
-    Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
+        if folder is not None and arm not in report:
+            report[arm] = measure_history(folder, options.share, full_history=arm == "full_history")
+    path.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
-    if options.full_history and options.current_turn:
+    if {"full_history", "current_turn"} <= report.keys():
         print(arms_table(report))
 
 

@@ -25,12 +25,6 @@ def test_recall_of_the_demo_is_shown_as_it_was_measured(fact_recall, page):
     assert fact_recall.table(report) in (ROOT / page).read_text()
 
 
-@pytest.mark.parametrize("page", ["README.md", "model_cards/rxt-tiny-facts.md"])
-def test_comparison_at_equal_budget_is_shown_as_it_was_measured(fact_recall, page):
-    report = json.loads((RESULTS / "fact_recall_equal_budget.json").read_text())
-    assert fact_recall.arms_table(report) in (ROOT / page).read_text()
-
-
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_benchmark_files_say_where_they_were_measured(path):
     environment = json.loads(path.read_text())["environment"]

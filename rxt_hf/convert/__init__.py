@@ -1,0 +1,6 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+"""Other models' weights as a Reactive Transformer."""
+
+from .llm import convert_tokenizer, freeze_base, from_llm
+
+__all__ = ["convert_tokenizer", "freeze_base", "from_llm"]

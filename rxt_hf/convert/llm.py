@@ -1,0 +1,298 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+"""A pretrained decoder language model becomes a Reactive Transformer that computes the same until it is trained."""
+
+import copy
+import os
+import re
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from ..chat_template import CONTROL_TOKENS, add_control_tokens
+from ..configuration_rxt import RxTConfig
+from ..modeling_rxt import RxTForCausalLM
+
+# Fields that mean the same in every family.
+_SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "rope_parameters",
+    "attention_dropout",
+    "tie_word_embeddings",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+# RxT field -> the family's constant, or the name of its field
+_FAMILIES: dict[str, dict[str, bool | str]] = {
+    "llama": {
+        "attention_bias": "attention_bias",
+        "attention_output_bias": "attention_bias",
+        "mlp_bias": "mlp_bias",
+    },
+    "mistral": {"sliding_window": "sliding_window"},
+    "qwen2": {"attention_bias": True, "sliding_window": "sliding_window", "layer_types": "layer_types"},
+    "qwen3": {
+        "attention_bias": "attention_bias",
+        "attention_output_bias": "attention_bias",
+        "use_qk_norm": True,
+        "sliding_window": "sliding_window",
+        "layer_types": "layer_types",
+    },
+    "smollm3": {
+        "attention_bias": "attention_bias",
+        "attention_output_bias": "attention_bias",
+        "mlp_bias": "mlp_bias",
+        "sliding_window": "sliding_window",
+        "layer_types": "layer_types",
+    },
+}
+_LAYER_MODULES = (
+    "input_layernorm",
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "self_attn.q_norm",
+    "self_attn.k_norm",
+    "post_attention_layernorm",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+# source tensor -> RxT tensors; the encoder's only for the layers that read the memory
+_TENSORS: dict[str, tuple[str, ...]] = {
+    name: (name,) for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+} | {
+    f"model.layers.{{layer}}.{module}.{kind}": (
+        f"model.layers.{{layer}}.{module}.{kind}",
+        f"model.memory_encoder.layers.{{memory}}.{module}.{kind}",
+    )
+    for module in _LAYER_MODULES
+    for kind in ("weight", "bias")
+}
+_VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
+_FRESH = re.compile(
+    r"model\.(initial_memory$|memory_attention\.|layers\.\d+\.(memory_cross_attn|memory_cross_attn_layernorm|memory_layernorm)\.)"
+)
+# What the source leaves open. The encoder's sizes are those of the layers that it is copied from.
+_OVERRIDES = re.compile(r"memory_(?!encoder_)|cross_attention_|interlayer_attention_|use_gated_cross_attention$")
+
+
+def from_llm(
+    source: PreTrainedModel | str | os.PathLike,
+    *,
+    num_memory_slots: int = 64,
+    memory_layers: list[int] | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    **config_overrides: Any,
+) -> RxTForCausalLM:
+    r"""
+    Gives a pretrained Llama, Mistral, Qwen2, Qwen3 or SmolLM3 a memory.
+
+    Every decoder tensor is copied, and the memory cross-attention adds exactly zero until it is trained: the logits
+    are bit-identical to the source's under any memory, in float32 and below. (A source that was cast after loading has
+    rounded the frequencies of its rotation; here they stay float32, as in a model loaded in that dtype.) The memory
+    encoder starts as a bidirectional copy of the decoder layers in `memory_layers`, without sliding windows and with
+    rotation in every layer. The memory attention is fresh, the initial memory normal with the standard deviation of
+    the embeddings. Dtype, device and attention implementation are the source's; the source is not changed.
+
+    Args:
+        source (`PreTrainedModel`, `str` or `os.PathLike`): the model, or the name or folder to load it from.
+        num_memory_slots (`int`): slots of each memory layer.
+        memory_layers (`list[int]`, *optional*): decoder layers that read the memory; default all. For a deep model
+            every third one, say, is a third of the memory's parameters.
+        tokenizer (`PreTrainedTokenizerFast`, *optional*): what [`convert_tokenizer`] returned. The vocabulary grows
+            to it; rows of its new tokens start as the mean of the others; ids of padding, begin and end are its own.
+        config_overrides: fields of [`RxTConfig`] about the memory, such as `memory_attention_type`.
+
+    Returns: [`RxTForCausalLM`]
+
+    Raises: `ValueError` for another model type, and by name for a feature, field or tensor that is not covered.
+    """
+    if isinstance(source, str | os.PathLike):
+        _check_config(AutoConfig.from_pretrained(source))
+        source = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    _check_config(source.config)
+    _check_model(source)
+    if refused := sorted(name for name in config_overrides if not _is_open(name)):
+        raise ValueError(f"{refused} cannot be chosen: the source or an argument of from_llm decides them.")
+
+    vocab_size, new_ids = _vocabulary(tokenizer, source.config.vocab_size)
+    fields = _decoder_fields(source.config)
+    fields |= {
+        "vocab_size": vocab_size,
+        "num_memory_slots": num_memory_slots,
+        "memory_layers": memory_layers,
+        "memory_init_std": source.get_parameter("model.embed_tokens.weight").float().std().item(),
+        "cross_attention_zero_init": True,
+    }
+    generation_config = copy.deepcopy(source.generation_config)
+    if tokenizer is not None:
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            fields[name] = getattr(tokenizer, name)
+            setattr(generation_config, name, fields[name])
+    model = RxTForCausalLM._from_config(
+        RxTConfig(**(fields | config_overrides)),
+        dtype=source.dtype,
+        attn_implementation=source.config._attn_implementation,
+    ).to(source.device)
+    model.generation_config = generation_config
+    _load(model, _mapped_tensors(source, model.config), new_ids)
+    return model.train(source.training)
+
+
+def convert_tokenizer(
+    tokenizer: PreTrainedTokenizerFast | str | os.PathLike, max_length: int | None = None
+) -> PreTrainedTokenizerFast:
+    r"""
+    A copy of the source's tokenizer, or of the one at a path, with the control tokens and the chat template of RxT.
+
+    `max_length`, tokens of one interaction, defaults to the tokenizer's own limit. Ids of ordinary text are kept.
+
+    Raises: `ValueError` for a tokenizer without a `tokenizers` backend, or whose vocabulary spells a control token.
+    """
+    given = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
+    if not isinstance(given, PreTrainedTokenizerFast):
+        raise ValueError(f"convert_tokenizer needs a fast tokenizer, got {type(given).__name__}.")
+    return add_control_tokens(given, max_length)
+
+
+def freeze_base(model: RxTForCausalLM) -> list[str]:
+    r"""
+    Freezes all that a language model has without a memory, and makes the rest trainable: memory cross-attention with
+    its norms, memory encoder, memory attention and initial memory. The vocabulary's table stays frozen, rows of new
+    tokens included.
+
+    Returns: the names of the trainable parameters.
+    """
+    names = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("memory" in name)
+        if parameter.requires_grad:
+            names.append(name)
+    return names
+
+
+def _check_config(config: PreTrainedConfig) -> None:
+    if config.model_type not in _FAMILIES:
+        raise ValueError(f"from_llm converts {', '.join(_FAMILIES)}; model type {config.model_type!r} is not covered.")
+    rope = config.rope_parameters
+    foreign = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    uncovered = {
+        "rope_parameters by layer type": "rope_theta" not in rope,
+        "partial_rotary_factor": rope.get("partial_rotary_factor") not in (None, 1.0),
+        f"layer_types {sorted(foreign)}": bool(foreign),
+        # the source model does not look at them, its cache does
+        "layer_types of a mistral": config.model_type == "mistral" and bool(getattr(config, "layer_types", None)),
+    }
+    if found := [name for name, is_found in uncovered.items() if is_found]:
+        raise ValueError(f"from_llm does not cover {', '.join(found)}.")
+
+
+def _check_model(source: PreTrainedModel) -> None:
+    expected = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(source.config), None)
+    if type(source) is not expected:
+        raise ValueError(
+            f"from_llm takes transformers' causal language model of type {source.config.model_type!r}, "
+            f"got {type(source).__name__}."
+        )
+    dtypes = {parameter.dtype for parameter in source.parameters()}
+    if len(dtypes) > 1 or not source.dtype.is_floating_point:
+        raise ValueError(f"from_llm needs weights of one floating-point type, not quantized ones, got {dtypes}.")
+    if any(parameter.is_meta for parameter in source.parameters()):
+        raise ValueError("from_llm needs weights in memory: some are offloaded or on the meta device.")
+
+
+def _is_open(name: str) -> bool:
+    """Whether a keyword is a field of the configuration that the source does not decide."""
+    return name in RxTConfig.__dataclass_fields__ and _OVERRIDES.match(name) is not None
+
+
+def _decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields of [`RxTConfig`] that the source decides."""
+    fields = {name: copy.deepcopy(getattr(config, name)) for name in _SHARED_FIELDS}
+    for name, origin in _FAMILIES[config.model_type].items():
+        fields[name] = getattr(config, origin) if isinstance(origin, str) else origin
+    layers = config.num_hidden_layers
+    fields["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if fields.get("layer_types") is not None:
+        fields["layer_types"] = fields["layer_types"][:layers]
+    if config.model_type == "smollm3":
+        # the source's list holds 1 for a layer that rotates
+        fields["no_rope_layers"] = [layer for layer in range(layers) if not config.no_rope_layers[layer]]
+    return fields
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerFast | None, source_size: int) -> tuple[int, list[int]]:
+    """Size of the vocabulary and the ids in it that the source has not learned."""
+    if tokenizer is None:
+        return source_size, []
+    ids = tokenizer.get_vocab()
+    if missing := [text for text in CONTROL_TOKENS.values() if text not in ids]:
+        raise ValueError(f"The tokenizer lacks the control tokens {missing}: pass convert_tokenizer(tokenizer).")
+    size = max(source_size, 1 + max(ids.values()))
+    # tables are often larger than the source's tokenizer: new tokens then have unused rows
+    ordinary = 1 + max(token_id for text, token_id in ids.items() if text not in CONTROL_TOKENS.values())
+    unlearned = {ids[text] for text in CONTROL_TOKENS.values() if ids[text] >= ordinary}
+    return size, sorted(unlearned | set(range(source_size, size)))
+
+
+def _mapped_tensors(source: PreTrainedModel, config: RxTConfig) -> dict[str, torch.Tensor]:
+    """The source's tensors by their names in the RxT."""
+    memory_layers = list(range(config.num_hidden_layers)) if config.memory_layers is None else config.memory_layers
+    tensors, unmapped = {}, []
+    for name, tensor in source.state_dict().items():
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        index = int(layer[1]) if layer else -1
+        targets = _TENSORS.get(name.replace(layer[0], "model.layers.{layer}.") if layer else name)
+        if targets is None:
+            unmapped.append(name)
+            continue
+        for target in targets:
+            if "{memory}" not in target:
+                tensors[target.format(layer=index)] = tensor
+            elif index in memory_layers:
+                tensors[target.format(memory=memory_layers.index(index))] = tensor
+    if unmapped:
+        raise ValueError(f"from_llm does not cover these tensors of the source: {', '.join(unmapped)}.")
+    return tensors
+
+
+@torch.no_grad()
+def _load(model: RxTForCausalLM, tensors: dict[str, torch.Tensor], new_ids: list[int]) -> None:
+    """Fills the model; whatever the source has no tensor for must be a fresh part of the memory."""
+    for name in _VOCABULARY_TENSORS:
+        table = tensors[name]
+        grown = table.new_empty(model.config.vocab_size, table.shape[1])
+        grown[: len(table)] = table
+        is_new = torch.zeros(len(grown), dtype=torch.bool, device=table.device)
+        is_new[new_ids] = True
+        if new_ids:
+            grown[is_new] = table[~is_new[: len(table)]].float().mean(dim=0).to(table.dtype)
+        tensors[name] = grown
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    lost = sorted(unexpected) + sorted(name for name in missing if not _FRESH.match(name))
+    if lost:
+        raise ValueError(f"Source and RxT do not fit in {', '.join(lost)}.")
+
+
+__all__ = ["convert_tokenizer", "freeze_base", "from_llm"]

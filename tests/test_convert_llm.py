@@ -1,0 +1,316 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from rxt_hf import RxTForCausalLM
+from rxt_hf.chat_template import CONTROL_TOKENS
+from rxt_hf.convert.llm import convert_tokenizer, freeze_base, from_llm
+
+from .models import random_memory
+from .reference_rxt import randomize
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e3, "factor": 8.0, "original_max_position_embeddings": 16}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+SLIDING = {"use_sliding_window": True, "sliding_window": 4}
+# a window is shorter than the prompt
+FAMILIES = {
+    "llama": ("llama", {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
+    "llama, tied, wide heads": ("llama", {"tie_word_embeddings": True, "head_dim": 16, "hidden_act": "gelu"}),
+    "mistral": ("mistral", {"sliding_window": 4, "head_dim": 12}),
+    "qwen2": ("qwen2", {**SLIDING, "max_window_layers": 1, "rope_parameters": YARN}),
+    "qwen3": ("qwen3", {"head_dim": 16, "attention_bias": True, "tie_word_embeddings": True}),
+    "smollm3": ("smollm3", {**SLIDING, "no_rope_layers": [1, 0, 1, 0], "attention_bias": True, "mlp_bias": True}),
+}
+each_family = pytest.mark.parametrize("family", FAMILIES)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+each_attention = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+
+PROMPT = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(5))
+MASK = torch.ones_like(PROMPT)
+MASK[1, :4] = 0
+INPUTS = {"input_ids": PROMPT, "attention_mask": MASK}
+
+
+def make_source(family="llama", dtype=torch.float32, attention="sdpa", **options):
+    model_type, fields = FAMILIES[family]
+    config = AutoConfig.for_model(model_type, **(SIZES | fields | options))
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    return randomize(model, seed=3).eval()
+
+
+def converted(source, **options):
+    return from_llm(source, num_memory_slots=5, **options)
+
+
+def memory_fields(model):
+    return {"stm_cache": random_memory(model).states} if isinstance(model, RxTForCausalLM) else {}
+
+
+@torch.no_grad()
+def computed(model):
+    """Logits of a padded prompt, of a longer one without mask, of two cached steps, and greedy tokens."""
+    fields = memory_fields(model)
+    position_ids = (MASK.cumsum(-1) - 1).clamp(min=0)
+    found = [model(**INPUTS, **fields, position_ids=position_ids).logits, model(PROMPT.repeat(1, 2), **fields).logits]
+    cache = None
+    for start, end in ((0, 7), (7, 8), (8, 9)):
+        out = model(
+            PROMPT[:, start:end],
+            attention_mask=MASK[:, :end],
+            position_ids=position_ids[:, start:end],
+            past_key_values=cache,
+            use_cache=True,
+            **fields,
+        )
+        cache = out.past_key_values
+        found.append(out.logits)
+    tokens = model.generate(**INPUTS, **fields, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    return [*found, getattr(tokens, "sequences", tokens)]
+
+
+def assert_bit_equal(found, expected):
+    assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
+
+
+@each_family
+@each_dtype
+@each_attention
+def test_logits_and_tokens_are_the_sources_bit_for_bit_under_any_memory(family, dtype, attention, tmp_path):
+    source = make_source(family, dtype, attention)
+    before = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    expected = computed(source)
+    model = converted(source)
+    assert model.dtype == dtype and model.config._attn_implementation == attention
+    assert_bit_equal(computed(model), expected)
+    assert_bit_equal(source.state_dict().values(), before.values())
+
+    model.save_pretrained(tmp_path)
+    loaded = RxTForCausalLM.from_pretrained(tmp_path, attn_implementation=attention)
+    assert loaded.config.to_dict().keys() == model.config.to_dict().keys()
+    assert loaded.dtype == dtype
+    assert_bit_equal(computed(loaded), expected)
+
+
+def test_settings_that_no_logit_shows_are_kept_too():
+    fields = {"pad_token_id": 3, "bos_token_id": 4, "eos_token_id": [5, 6], "attention_dropout": 0.25}
+    fields |= {"max_position_embeddings": 48, "initializer_range": 0.5, "use_cache": False}
+    source = make_source(**fields).train()
+    source.generation_config.update(max_new_tokens=2, eos_token_id=[5, 6, 7])
+    model = converted(source)
+    assert {name: getattr(model.config, name) for name in fields} == fields
+    assert model.generation_config.to_dict() == source.generation_config.to_dict()
+    assert model.generation_config is not source.generation_config
+    assert model.training and not converted(source.eval()).training
+
+
+def test_frequencies_that_a_cast_rounded_in_the_source_stay_float32():
+    cast = make_source().bfloat16()
+    loaded = make_source(dtype=torch.bfloat16)
+    assert cast.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+    assert_bit_equal(computed(converted(cast)), computed(loaded))
+
+
+def test_memory_changes_the_logits_once_the_cross_attention_is_not_zero():
+    source = make_source()
+    model = converted(source, cross_attention_zero_init=False)
+    assert not torch.equal(computed(model)[0], computed(source)[0])
+
+
+@each_family
+def test_a_saved_source_converts_from_its_folder(family, tmp_path):
+    source = make_source(family, torch.bfloat16)
+    source.save_pretrained(tmp_path)
+    assert_bit_equal(computed(converted(tmp_path)), computed(source))
+
+
+@each_family
+def test_no_tensor_of_decoder_or_encoder_is_random(family):
+    source = make_source(family)
+    first, second = (dict(converted(source, memory_layers=[0, 2]).named_parameters()) for _ in range(2))
+    differs = {name.split(".")[1] for name, tensor in first.items() if not torch.equal(tensor, second[name])}
+    layers = {name.split(".")[3] for name in first if name.startswith("model.layers.") and "memory" in name}
+    assert differs == {"layers", "memory_attention", "initial_memory"}
+    assert layers == {"memory_cross_attn", "memory_cross_attn_layernorm", "memory_layernorm"}
+    assert all(
+        torch.equal(tensor, second[name]) for name, tensor in first.items() if name.startswith("model.memory_encoder")
+    )
+
+
+def test_memory_encoder_holds_the_memory_layers_in_order():
+    source = make_source("qwen3")
+    model = converted(source, memory_layers=[0, 2])
+    assert model.config.num_memory_layers == len(model.model.memory_encoder.layers) == 2
+    for index, layer in enumerate([0, 2]):
+        encoder_layer = model.model.memory_encoder.layers[index].state_dict()
+        source_layer = source.model.layers[layer].state_dict()
+        assert encoder_layer.keys() == source_layer.keys()
+        assert_bit_equal([encoder_layer[name] for name in source_layer], source_layer.values())
+    assert_bit_equal(computed(model), computed(source))
+
+
+def test_initial_memory_has_the_scale_of_the_embeddings():
+    source = make_source(hidden_size=256)
+    model = from_llm(source, num_memory_slots=32)
+    assert model.config.memory_init_std == pytest.approx(source.model.embed_tokens.weight.std().item())
+    assert model.model.initial_memory.std().item() == pytest.approx(model.config.memory_init_std, rel=0.05)
+
+
+def test_memory_trains_while_the_frozen_decoder_stays_bit_identical():
+    model = converted(make_source("qwen3")).train()
+    trained = freeze_base(model)
+    frozen = {name: tensor.clone() for name, tensor in model.named_parameters() if name not in trained}
+    expected = [name for name, _ in model.named_parameters() if "memory" in name]
+    assert trained == expected == [name for name, tensor in model.named_parameters() if tensor.requires_grad]
+    assert any("self_attn" in name for name in frozen) and "model.embed_tokens.weight" in frozen
+
+    start = {name: model.get_parameter(name).detach().clone() for name in trained}
+    optimizer = torch.optim.AdamW([model.get_parameter(name) for name in trained], lr=1e-2)
+    for step in range(3):
+        episode = torch.stack([PROMPT, PROMPT.flip(1)], dim=1)
+        model(input_ids=episode, labels=episode).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 0:
+            assert all(layer.memory_cross_attn.o_proj.weight.any() for layer in model.model.layers)
+    assert_bit_equal([model.get_parameter(name) for name in frozen], frozen.values())
+    assert all(not torch.equal(model.get_parameter(name), tensor) for name, tensor in start.items())
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gemma", "rxt"])
+def test_another_model_type_is_refused_by_name(model_type, tmp_path):
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"llama, mistral, qwen2, qwen3, smollm3; model type '{model_type}' is not"):
+        from_llm(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "named"),
+    [
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
+        ("qwen3", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}, "chunked_attention"),
+        ("mistral", {"layer_types": ["full_attention"] * 3}, "layer_types of a mistral"),
+    ],
+)
+def test_a_feature_that_is_not_covered_is_refused_by_name(family, options, named):
+    model_type, fields = FAMILIES[family]
+    config = AutoConfig.for_model(model_type, **(SIZES | fields | options))
+    source = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SIZES))
+    source.config = config
+    with pytest.raises(ValueError, match=named):
+        from_llm(source)
+
+
+def test_what_is_no_whole_language_model_is_refused():
+    source = make_source()
+    with pytest.raises(ValueError, match="got LlamaForSequenceClassification"):
+        from_llm(LlamaForSequenceClassification(AutoConfig.for_model("llama", **SIZES)))
+    with pytest.raises(ValueError, match="one floating-point type"):
+        from_llm(make_source().apply(lambda module: isinstance(module, torch.nn.Linear) and module.bfloat16()))
+    with pytest.raises(ValueError, match="meta device"):
+        from_llm(make_source().to("meta"))
+    source.model.layers[1].self_attn.sinks = torch.nn.Parameter(torch.ones(4))
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.sinks"):
+        from_llm(source)
+    del source.model.layers[1].self_attn.sinks
+    source.model.layers[1].self_attn.q_norm = torch.nn.RMSNorm(8)
+    with pytest.raises(ValueError, match=r"do not fit in model\.layers\.1\.self_attn\.q_norm\.weight"):
+        from_llm(source)
+
+
+@pytest.mark.parametrize(
+    "name", ["hidden_size", "use_gated_attention", "memory_encoder_intermediate_size", "memory_slots"]
+)
+def test_fields_that_the_source_decides_or_nobody_knows_are_refused(name):
+    with pytest.raises(ValueError, match=rf"\['{name}'\] cannot be chosen"):
+        from_llm(make_source(), **{name: 7})
+
+
+def test_fields_of_the_memory_are_chosen():
+    model = converted(make_source(), memory_attention_type="self", cross_attention_num_attention_heads=2)
+    assert model.config.memory_attention_type == "self"
+    assert model.model.layers[0].memory_cross_attn.q_proj.weight.shape[0] == 2 * model.config.head_dim
+
+
+@pytest.fixture(scope="module")
+def plain_tokenizer():
+    """A pretrained language model's tokenizer: 52 words, none of ours."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, **{f"w{n}": n + 2 for n in range(50)}}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", model_max_length=64)
+
+
+@pytest.mark.parametrize("rows", [52, 60, 80], ids=["exact table", "some spare rows", "spare rows for all"])
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+def test_vocabulary_grows_to_the_control_tokens(plain_tokenizer, rows, is_tied, tmp_path):
+    tokenizer = convert_tokenizer(plain_tokenizer)
+    source = make_source(vocab_size=rows, tie_word_embeddings=is_tied)
+    model = converted(source, tokenizer=tokenizer)
+    assert model.config.vocab_size == max(rows, 62)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == is_tied
+    for table, old in (
+        (model.model.embed_tokens.weight, source.model.embed_tokens.weight),
+        (model.lm_head.weight, source.lm_head.weight),
+    ):
+        kept = [row for row in range(rows) if not 52 <= row < 62]
+        assert torch.equal(table[kept], old[kept])
+        torch.testing.assert_close(table[52:62], old[kept].mean(0).expand(10, -1), rtol=0, atol=1e-6)
+    for fields in (model.config, model.generation_config):
+        assert (fields.pad_token_id, fields.bos_token_id, fields.eos_token_id) == (52, 53, 54)
+
+    model.save_pretrained(tmp_path)
+    loaded = RxTForCausalLM.from_pretrained(tmp_path)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == is_tied
+    assert_bit_equal(computed(loaded), computed(model))
+
+
+def test_extended_tokenizer_renders_one_interaction_that_the_model_answers(plain_tokenizer, tmp_path):
+    plain_tokenizer.save_pretrained(tmp_path)
+    tokenizer = convert_tokenizer(tmp_path, max_length=32)
+    assert tokenizer.model_max_length == 32
+    chat = [{"role": "user", "content": "w3 w4"}]
+    text = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": "w5"}], tokenize=False)
+    assert text == "[BOS][Q]w3 w4[A]w5[EOS]"
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = tokenizer.convert_tokens_to_ids
+    assert inputs["input_ids"].tolist() == [[ids("[BOS]"), ids("[Q]"), 5, 6, ids("[A]")]]
+    model = converted(make_source(), tokenizer=tokenizer)
+    out = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    assert out.stm_cache.turns.tolist() == [1]
+
+    tokenizer.save_pretrained(tmp_path / "rxt")
+    assert AutoTokenizer.from_pretrained(tmp_path / "rxt").get_vocab() == tokenizer.get_vocab()
+
+
+def test_tokenizer_without_control_tokens_is_refused(plain_tokenizer):
+    assert not set(CONTROL_TOKENS.values()) & set(plain_tokenizer.get_vocab())
+    with pytest.raises(ValueError, match=r"convert_tokenizer\(tokenizer\)"):
+        from_llm(make_source(), tokenizer=plain_tokenizer)
+    with pytest.raises(ValueError, match="fast tokenizer, got dict"):
+        convert_tokenizer({})

@@ -63,7 +63,6 @@ def interaction_mask(sequences, prompt_mask, eos_token_ids, pad_token_id):
     ends = torch.isin(answer, torch.tensor(eos_token_ids, dtype=answer.dtype, device=answer.device))
     after_end = (ends.cumsum(-1) - ends.long()) > 0
     if pad_token_id is not None and pad_token_id not in eos_token_ids:
-        # rows that another criterion stopped are filled up with padding
         after_end |= (answer == pad_token_id).flip(-1).cumprod(-1).flip(-1).bool()
     return torch.cat([prompt_mask.to(torch.long), (~after_end).long()], dim=-1)
 
@@ -133,7 +132,9 @@ class RxTGenerationMixin(GenerationMixin):
         copies = output.sequences.shape[0] // batch_size
         if copies > 1:
             stm_cache, prompt_mask = stm_cache.repeat(copies), prompt_mask.repeat_interleave(copies, dim=0)
-        turn = (stm_cache, output.sequences, ids, embeds, prompt_mask, config)
+        # rows that another criterion than the end token stopped are filled up with padding
+        fill = config.pad_token_id if kwargs.get("stopping_criteria") or config.stop_strings else None
+        turn = (stm_cache, output.sequences, ids, embeds, prompt_mask, _as_list(config.eos_token_id), fill)
         if update_memory == "async":
             stm_cache = self._write_turn_async(*turn)
         elif update_memory:
@@ -170,10 +171,8 @@ class RxTGenerationMixin(GenerationMixin):
             return (ids != pad).long()
         return torch.ones(shape, dtype=torch.long, device=(ids if embeds is None else embeds).device)
 
-    def _write_turn(self, stm_cache, sequences, ids, embeds, prompt_mask, config):
+    def _write_turn(self, stm_cache, sequences, ids, embeds, prompt_mask, ends, pad):
         """Writes prompt and answer, up to each row's own end, into the memory."""
-        ends = _as_list(config.eos_token_id)
-        pad = config.pad_token_id
         if embeds is None:
             mask = interaction_mask(sequences, prompt_mask, ends, pad)
             return self.update_memory(stm_cache, sequences, mask.to(sequences.device))

@@ -528,3 +528,14 @@ def test_turn_stores_nothing_on_a_module(memory):
     before = [set(vars(module)) for module in model.modules()]
     model.update_memory(answer(model, IDS, memory).stm_cache, IDS)
     assert [set(vars(module)) for module in model.modules()] == before
+
+
+def test_padding_tokens_that_the_model_says_itself_are_written_like_any_other(model, memory):
+    def always_pad(input_ids, scores):
+        return scores.index_fill(1, torch.tensor([model.config.pad_token_id]), 1e4)
+
+    out = model.generate(IDS, stm_cache=memory, max_new_tokens=3, logits_processor=[always_pad])
+    assert (out.sequences[:, 6:] == model.config.pad_token_id).all()
+    expected = model.update_memory(memory, out.sequences)
+    close(out.stm_cache.states, expected.states)
+    assert not torch.equal(expected.states, model.update_memory(memory, IDS).states)

@@ -2,5 +2,6 @@
 """Other models' weights as a Reactive Transformer."""
 
 from .llm import convert_tokenizer, freeze_base, from_llm
+from .rxlm import from_rxlm
 
-__all__ = ["convert_tokenizer", "freeze_base", "from_llm"]
+__all__ = ["convert_tokenizer", "freeze_base", "from_llm", "from_rxlm"]

@@ -5,9 +5,9 @@ The same as `finetune_trainer.py` with LoRA: the model stays as it is, and what 
     python examples/finetune_peft.py                        # the demo model that comes with the package
     python examples/finetune_peft.py --model path/to/model --output-dir adapter
 
-It needs `pip install rxt-hf[train]`. It takes about half a minute on one CPU core. Expected last line:
+It needs `pip install ".[train]"`. It takes about half a minute on one CPU core. Expected last line:
 
-    passwords recalled of 16: 2 before, 9 with the adapter, 2 with it switched off
+    passwords recalled of 16: 0 before, 12 with the adapter, 0 with it switched off
 """
 
 import argparse

@@ -7,7 +7,7 @@ Teaches a model a new kind of fact with plain `transformers.Trainer`: whole dial
 
 It takes about half a minute on one CPU core. Expected last line:
 
-    passwords recalled: 2 of 16 before, 10 of 16 after
+    passwords recalled: 0 of 16 before, 13 of 16 after
 """
 
 import argparse

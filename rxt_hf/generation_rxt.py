@@ -132,8 +132,9 @@ class RxTGenerationMixin(GenerationMixin):
         copies = output.sequences.shape[0] // batch_size
         if copies > 1:
             stm_cache, prompt_mask = stm_cache.repeat(copies), prompt_mask.repeat_interleave(copies, dim=0)
-        # rows that another criterion than the end token stopped are filled up with padding
-        fill = config.pad_token_id if kwargs.get("stopping_criteria") or config.stop_strings else None
+        # of many rows, those that another criterion than the end token stopped are filled up with padding
+        may_fill = len(output.sequences) > 1 and (kwargs.get("stopping_criteria") or config.stop_strings)
+        fill = config.pad_token_id if may_fill else None
         turn = (stm_cache, output.sequences, ids, embeds, prompt_mask, _as_list(config.eos_token_id), fill)
         if update_memory == "async":
             stm_cache = self._write_turn_async(*turn)

@@ -291,9 +291,6 @@ class RxTSession:
         answer = _decode(self.tokenizer, token_ids[prompt.shape[1] :])
         if output.stm_cache is state.memory:
             return answer, state
-        # generate fills up with padding, and writes none of it
-        while token_ids[-1] == self.model.config.pad_token_id:
-            token_ids.pop()
         log = (*state.log, _Interaction(text, answer, array("i", token_ids)))
         return answer, _State(state.base, output.stm_cache, log, previous=state.memory)
 

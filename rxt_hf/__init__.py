@@ -1,6 +1,7 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """Reactive Transformer for Hugging Face Transformers."""
 
+from importlib import import_module
 from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -31,9 +32,9 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    # a session is for applications; whoever trains or loads a model does not pay for its import
+    # applications, conversion and the like are imported at their first use; who only loads a model does not pay
     if name == "RxTSession":
-        from .session import RxTSession
-
-        return RxTSession
+        return import_module(".session", __name__).RxTSession
+    if name in ("chat_template", "convert", "hub", "presets", "session"):
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

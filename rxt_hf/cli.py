@@ -279,19 +279,18 @@ class _Chat:
             self.say(_sentence(error))
 
     def answer(self, query: str) -> None:
-        pieces = self.session.stream(query)
+        pieces, is_cancelled = self.session.stream(query), False
         print("rxt> ", end="", flush=True)
         try:
             for piece in pieces:
                 print(piece.translate(_PRINTABLE), end="", flush=True)
-            print(flush=True)
         except KeyboardInterrupt:
+            is_cancelled = True
             pieces.close()
-            print()
+        finally:
+            print(flush=True)
+        if is_cancelled:
             self.say("The turn is cancelled; the memory is as before.")
-        except Exception:
-            print()
-            raise
 
     def save(self, path: str) -> None:
         self.session.save(_given(path, "/save FILE"))

@@ -276,6 +276,7 @@ class RxTSession:
         try:
             state.memory.wait()
         except Exception:
+            # whatever the write died of, the memory before it is good
             self._state = _State(state.base, state.previous or state.base, state.log[:-1])
             raise
         return state

@@ -3,6 +3,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,16 @@ def fact_recall():
 def test_recall_of_the_demo_is_shown_as_it_was_measured(fact_recall, page):
     report = json.loads((RESULTS / "fact_recall.json").read_text())
     assert fact_recall.table(report) in (ROOT / page).read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", "model_cards/rxt-tiny-facts.md"])
+def test_recall_by_live_facts_is_shown_as_it_was_measured(page):
+    report = json.loads((RESULTS / "fact_recall.json").read_text())
+    (row,) = (row for row in report["rxt"]["recall"] if (row["split"], row["turns"]) == ("seen", 64))
+    text = " ".join((ROOT / page).read_text().split())
+    for facts in ("3-4", "9-16", "17-32"):
+        share = f"{row['by_live_facts'][facts][0]:.3f}"
+        assert re.search(rf"{share} [^.]*?{facts}\b", text), (facts, share)
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)

@@ -100,3 +100,11 @@ def test_first_commands_of_the_readme_run_in_ci():
 def test_test_command_of_the_readme_runs_in_ci():
     (command,) = set(re.findall(r"python -m pytest[^`#\n]*", readme()))
     assert command.strip() in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize(
+    "name", ["RxTSession", "convert.from_llm", "convert.from_rxlm", "hub.export", "presets.PRESETS", "DEMO"]
+)
+def test_names_that_the_readme_uses_need_no_import_but_that_of_the_package(name):
+    code = f"import rxt_hf; assert rxt_hf.{name}"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)

@@ -108,7 +108,7 @@ class RxTCausalLMOutputWithPast(ModelOutput):
 
 def upcast(tensor: torch.Tensor) -> torch.Tensor:
     """At least float32: half precisions are widened, float64 stays."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 class RxTRMSNorm(nn.Module):
@@ -151,18 +151,17 @@ class RxTRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
-        emb = torch.cat((freqs, freqs), dim=-1)
-        cos = emb.cos() * self.attention_scaling
-        sin = emb.sin() * self.attention_scaling
+        freqs = position_ids[:, None, :, None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        cos, sin = freqs.cos() * self.attention_scaling, freqs.sin() * self.attention_scaling
+        # one table for every layer, of (batch, 1, tokens, head_dim), with the sign of the rotation in the sine
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return cos.to(dtype=x.dtype), sin.to(dtype=x.dtype)
 
 
 def rotate(states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Rotary position embedding of (batch, heads, tokens, head_dim) in the half-split layout of Llama."""
-    cos, sin = (table.unsqueeze(1) for table in position_embeddings)
-    first, second = states.chunk(2, dim=-1)
-    return (states * cos) + (torch.cat((-second, first), dim=-1) * sin)
+    cos, sin = position_embeddings
+    return states * cos + states.roll(states.shape[-1] // 2, dims=-1) * sin
 
 
 def eager_attention_forward(

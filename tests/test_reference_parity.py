@@ -248,8 +248,9 @@ class ExactRotaryEmbedding(nn.Module):
         self.frequencies = config.rope_parameters["rope_theta"] ** (-j / config.head_dim)
 
     def forward(self, x, position_ids):
-        angles = (position_ids[..., None] * self.frequencies).repeat(1, 1, 2)
-        return angles.cos(), angles.sin()
+        angles = position_ids[:, None, :, None] * self.frequencies
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def make_pair(options):

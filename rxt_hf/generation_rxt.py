@@ -125,7 +125,7 @@ class RxTGenerationMixin(GenerationMixin):
         else:
             generation_config = copy.deepcopy(generation_config)
             generation_config.return_dict_in_generate = returns_dict
-        output = super().generate(inputs, generation_config, stm_cache=stm_cache.states, **kwargs)
+        output = super().generate(inputs, generation_config, stm_cache=stm_cache.states.detach(), **kwargs)
         if not returns_dict:
             return output
 

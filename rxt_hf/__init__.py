@@ -4,11 +4,11 @@
 from importlib import import_module
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForPreTraining
 
 from .cache_rxt import StateError, STMCache
 from .configuration_rxt import RxTConfig
-from .modeling_rxt import RxTForCausalLM, RxTModel, RxTPreTrainedModel
+from .modeling_rxt import RxTForCausalLM, RxTForPreTraining, RxTModel, RxTPreTrainedModel
 
 __version__ = "0.1.0"
 # folder of the shipped demo model; loads like any other
@@ -17,11 +17,13 @@ DEMO = Path(__file__).parent / "demo"
 AutoConfig.register("rxt", RxTConfig, exist_ok=True)
 AutoModel.register(RxTConfig, RxTForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(RxTConfig, RxTForCausalLM, exist_ok=True)
+AutoModelForPreTraining.register(RxTConfig, RxTForPreTraining, exist_ok=True)
 
 __all__ = [
     "DEMO",
     "RxTConfig",
     "RxTForCausalLM",
+    "RxTForPreTraining",
     "RxTModel",
     "RxTPreTrainedModel",
     "RxTSession",
@@ -35,6 +37,6 @@ def __getattr__(name: str):
     # applications, conversion and the like are imported at their first use; who only loads a model does not pay
     if name == "RxTSession":
         return import_module(".session", __name__).RxTSession
-    if name in ("chat_template", "convert", "hub", "presets", "session"):
+    if name in ("chat_template", "convert", "graphs", "hub", "presets", "session"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -67,6 +67,10 @@ class RxTConfig(PreTrainedConfig):
         memory_gate_granularity (`str`): one gate for each `"layer"`, `"slot"` or `"element"`.
         memory_gate_activation (`str`): `"sigmoid"`, `"tanh"` or `"none"` (a plain sum).
         memory_gate_init (`float`): the gate's parameter or bias at the start; negative keeps more than it writes.
+        bptt_turns (`int`, *optional*): in training on episodes, gradients flow back through at most this many writes:
+            every `bptt_turns`-th write starts from a detached memory. Default: through all.
+        mlm_loss_coef (`float`): weight of the memory encoder's masked-token loss in [`RxTForPreTraining`].
+        memory_noise_std (`float`): noise on what the decoder reads in [`RxTForPreTraining`], as a share of its size.
         memory_encoder_num_attention_heads (`int`, *optional*): query heads of the memory encoder.
         memory_encoder_num_key_value_heads (`int`, *optional*): its key and value heads.
         cross_attention_num_attention_heads (`int`, *optional*): query heads of the memory cross-attention.
@@ -187,6 +191,10 @@ class RxTConfig(PreTrainedConfig):
     memory_gate_activation: Literal["sigmoid", "tanh", "none"] = "sigmoid"
     memory_gate_init: float | int = -1.0
 
+    bptt_turns: int | None = None
+    mlm_loss_coef: float | int = 0.5
+    memory_noise_std: float | int = 0.2
+
     def __post_init__(self, **kwargs):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
@@ -242,7 +250,9 @@ class RxTConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("memory_init_std", "num_experts", "num_shared_experts"):
+        if self.bptt_turns is not None and self.bptt_turns < 1:
+            raise ValueError(f"bptt_turns must be at least 1, or None for all turns, got {self.bptt_turns}.")
+        for name in ("memory_init_std", "num_experts", "num_shared_experts", "mlm_loss_coef", "memory_noise_std"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if "sliding_attention" in self.layer_types and not self.sliding_window:

@@ -106,6 +106,31 @@ class RxTCausalLMOutputWithPast(ModelOutput):
     stm_cache: STMCache | None = None
 
 
+@auto_docstring
+@dataclass
+class RxTForPreTrainingOutput(RxTCausalLMOutputWithPast):
+    r"""
+    Output of [`RxTForPreTraining`]; of a memory loss, only `loss` and `stm_cache` are set.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*): the sum of the stage's losses.
+        logits (`torch.FloatTensor`, *optional*): the decoder's, see [`RxTCausalLMOutputWithPast`].
+        past_key_values (`EncoderDecoderCache`, *optional*): not set.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
+        attentions (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
+        cross_attentions (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
+        router_logits (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
+        aux_loss (`torch.FloatTensor`, *optional*): see [`RxTCausalLMOutputWithPast`].
+        last_hidden_state (`torch.FloatTensor`, *optional*): what the head was given.
+        stm_cache (`STMCache`, *optional*): of a memory loss, the memory after the last turn.
+        mlm_loss (`torch.FloatTensor`, *optional*): the memory encoder's loss on masked tokens, without its weight.
+        mlm_logits (`torch.FloatTensor` of shape `(batch_size, tokens, vocab_size)`, *optional*): its predictions.
+    """
+
+    mlm_loss: torch.FloatTensor | None = None
+    mlm_logits: torch.FloatTensor | None = None
+
+
 def upcast(tensor: torch.Tensor) -> torch.Tensor:
     """At least float32: half precisions are widened, float64 stays."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
@@ -292,7 +317,7 @@ class RxTSelfAttention(RxTAttention):
 
 
 class RxTMemoryCrossAttention(RxTAttention):
-    """Tokens read the memory: queries are rotated by their position, slots have none and none is masked."""
+    """Tokens read the memory: queries are rotated by their position, slots have none."""
 
     def __init__(self, config: RxTConfig, layer_idx: int):
         super().__init__(
@@ -303,8 +328,9 @@ class RxTMemoryCrossAttention(RxTAttention):
             zero_init=config.cross_attention_zero_init,
         )
 
-    def forward(self, hidden_states, keys, values, position_embeddings):
-        return self.attend(hidden_states, self.queries(hidden_states, position_embeddings), keys, values)
+    def forward(self, hidden_states, keys, values, position_embeddings, attention_mask=None):
+        queries = self.queries(hidden_states, position_embeddings)
+        return self.attend(hidden_states, queries, keys, values, attention_mask)
 
 
 class RxTMLP(nn.Module):
@@ -437,6 +463,7 @@ class RxTDecoderLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
+        memory_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         within_turn = past_key_values
@@ -453,7 +480,7 @@ class RxTDecoderLayer(GradientCheckpointingLayer):
         if self.memory_idx is not None:
             keys, values = self.memory_keys_values(memory_states, past_key_values, hidden_states.dtype)
             update, _ = self.memory_cross_attn(
-                self.memory_cross_attn_layernorm(hidden_states), keys, values, position_embeddings
+                self.memory_cross_attn_layernorm(hidden_states), keys, values, position_embeddings, memory_mask
             )
             hidden_states = hidden_states + update
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -753,13 +780,18 @@ class RxTModel(RxTPreTrainedModel):
         self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values that write the interactions in `inputs_embeds` of (batch_size, tokens, hidden_size)."""
+        return self.memory_attention.keys_values(*self.encoded_states(inputs_embeds, attention_mask))
+
+    def encoded_states(
+        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+        """The memory encoder's states of each layer, and the position embeddings of their tokens."""
         if attention_mask is not None:
             # a row without a token would attend to nothing; what it encodes is thrown away by the write
             attention_mask = attention_mask.bool() | ~attention_mask.any(dim=-1, keepdim=True)
         position_ids = positions_in_interaction(attention_mask, inputs_embeds)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
-        encoded_states = self.memory_encoder(inputs_embeds, attention_mask, position_embeddings)
-        return self.memory_attention.keys_values(encoded_states, position_embeddings)
+        return self.memory_encoder(inputs_embeds, attention_mask, position_embeddings), position_embeddings
 
     def write(
         self, states: torch.Tensor, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -798,11 +830,15 @@ class RxTModel(RxTPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         stm_cache: STMCache | torch.Tensor | None = None,
+        memory_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RxTModelOutputWithPast:
         r"""
         stm_cache ([`STMCache`] or `torch.Tensor`, *optional*):
             The memory to read; by default the initial one.
+        memory_mask (`torch.Tensor` of shape `(batch_size, slots)`, *optional*):
+            0 where nothing is to be read. The memory is then a tensor with any number of slots, such as the states of
+            a memory encoder.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -827,12 +863,21 @@ class RxTModel(RxTPreTrainedModel):
             self._check_memory_unchanged(stm_cache, past_key_values, batch_size)
         else:
             given = stm_cache
-            states, turns, fingerprint = self._read(given, batch_size)
-            stm_cache = STMCache(states, turns=turns, fingerprint=fingerprint)
+            if memory_mask is None:
+                states, turns, fingerprint = self._read(given, batch_size)
+                stm_cache = STMCache(states, turns=turns, fingerprint=fingerprint)
+            else:
+                states, stm_cache = given, None
             if isinstance(past_key_values, EncoderDecoderCache):
                 past_key_values.memory_given, past_key_values.memory_states = given, states
         hidden_states = self.decode(
-            inputs_embeds, states, attention_mask, position_ids=position_ids, past_key_values=past_key_values, **kwargs
+            inputs_embeds,
+            states,
+            attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            memory_mask=memory_mask,
+            **kwargs,
         )
         return RxTModelOutputWithPast(
             last_hidden_state=hidden_states, past_key_values=past_key_values, stm_cache=stm_cache
@@ -860,6 +905,11 @@ class RxTModel(RxTPreTrainedModel):
                 "memory that this turn was started with, or start a new turn without past_key_values."
             )
 
+    def _carried(self, states, turn):
+        """What the write of that turn takes of the memory: cut off from the graph at every `bptt_turns`-th turn."""
+        ends = self.config.bptt_turns and turn and turn % self.config.bptt_turns == 0
+        return states.detach() if ends else states
+
     def _episode(self, inputs_embeds, attention_mask, states, **kwargs):
         """
         All turns at once: encode every turn, write them one after the other, then decode each turn under the memory
@@ -868,16 +918,11 @@ class RxTModel(RxTPreTrainedModel):
         batch_size, turns, tokens, width = inputs_embeds.shape
         flat_embeds = inputs_embeds.reshape(batch_size * turns, tokens, width)
         flat_mask = None if attention_mask is None else attention_mask.reshape(batch_size * turns, tokens)
-        by_turn = [
-            tuple(part.unflatten(0, (batch_size, turns)).unbind(1) for part in pair)
-            for pair in self.encode(flat_embeds, flat_mask)
-        ]
         read_states = []
-        for turn in range(turns):
+        for turn, keys_values in enumerate(by_turn(self.encode(flat_embeds, flat_mask), turns)):
             read_states.append(states)
-            keys_values = [(keys[turn], values[turn]) for keys, values in by_turn]
             turn_mask = None if attention_mask is None else attention_mask[:, turn]
-            states = self._write(states, keys_values, turn_mask)
+            states = self._write(self._carried(states, turn), keys_values, turn_mask)
         hidden_states = self.decode(flat_embeds, torch.stack(read_states, dim=1).flatten(0, 1), flat_mask, **kwargs)
         return hidden_states.unflatten(0, (batch_size, turns)), states
 
@@ -888,11 +933,13 @@ class RxTModel(RxTPreTrainedModel):
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
+        memory_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
         Hidden states of one interaction for each row, read under `memory_states`, which may be `None` if the cross
-        part of `past_key_values` holds its keys and values already.
+        part of `past_key_values` holds its keys and values already. `memory_mask` of (batch_size, slots) is 0 where
+        nothing is to be read.
         """
         if position_ids is None:
             position_ids = positions_in_interaction(attention_mask, inputs_embeds, past_key_values)
@@ -908,6 +955,13 @@ class RxTModel(RxTPreTrainedModel):
             masks = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
             masks = {kind: masks[kind](**mask_kwargs) for kind in set(self.config.layer_types)}
 
+        if memory_mask is not None:
+            memory_mask = create_bidirectional_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=memory_mask,
+                encoder_hidden_states=memory_states[:, 0],
+            )
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer_idx, layer in enumerate(self.layers):
@@ -917,6 +971,7 @@ class RxTModel(RxTPreTrainedModel):
                 attention_mask=masks[self.config.layer_types[layer_idx]],
                 position_embeddings=position_embeddings,
                 past_key_values=past_key_values,
+                memory_mask=memory_mask,
                 position_ids=position_ids,
                 **kwargs,
             )
@@ -947,6 +1002,12 @@ def check_mask_shape(attention_mask, inputs_embeds, past_key_values) -> None:
             f"attention_mask of shape {tuple(attention_mask.shape)} does not fit an interaction of shape "
             f"{tuple(expected)}."
         )
+
+
+def by_turn(keys_values, turns):
+    """For each turn its keys and values of every layer, from those of (batch_size * turns) rows."""
+    split = [[part.unflatten(0, (-1, turns)).unbind(1) for part in pair] for pair in keys_values]
+    return [[(keys[turn], values[turn]) for keys, values in split] for turn in range(turns)]
 
 
 def packed(keys_values, attention_mask, slots):
@@ -1168,7 +1229,7 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
         if num_items_in_batch is None:
             num_items_in_batch = (labels[..., 1:] != -100).sum().clamp(min=1)
 
-        def turn_loss(states, embeds, mask, turn_labels):
+        def turn_loss(index, states, embeds, mask, turn_labels):
             logits = self.lm_head(self.model.decode(embeds, states, mask, **kwargs))
             loss = self.loss_function(
                 logits=logits,
@@ -1176,15 +1237,141 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
-            return loss, self.model.write(states, embeds, mask)
+            return loss, self.model.write(self.model._carried(states, index), embeds, mask)
 
         loss = 0.0
         # one unbind: its gradient is one stack, where indexing would make a full-sized gradient for every turn
-        for turn in zip(inputs_embeds.unbind(1), masks.unbind(1), labels.unbind(1), strict=True):
-            turn_value, states = self.model._gradient_checkpointing_func(turn_loss, states, *turn)
+        turns_of = zip(inputs_embeds.unbind(1), masks.unbind(1), labels.unbind(1), strict=True)
+        for index, turn in enumerate(turns_of):
+            turn_value, states = self.model._gradient_checkpointing_func(turn_loss, index, states, *turn)
             loss = loss + turn_value
         stm_cache = STMCache(states, turns=turns.to(states.device) + masks.any(-1).sum(-1), fingerprint=fingerprint)
         return RxTCausalLMOutputWithPast(loss=loss, stm_cache=stm_cache)
 
 
-__all__ = ["RxTForCausalLM", "RxTModel", "RxTPreTrainedModel"]
+def resampled(states: torch.Tensor, attention_mask: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """The real tokens of (batch_size, tokens, width), in order, interpolated to (batch_size, num_slots, width)."""
+    real_first = attention_mask.long().argsort(dim=-1, descending=True, stable=True)
+    last = (attention_mask.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
+    places = (torch.arange(num_slots, device=states.device) + 0.5) / num_slots * (last + 1) - 0.5
+    places = places.clamp(min=0).minimum(last)
+    below = places.long()
+    above = (below + 1).minimum(last)
+    below, above = (
+        states.gather(1, real_first.gather(1, index).unsqueeze(-1).expand(-1, -1, states.shape[-1]))
+        for index in (below, above)
+    )
+    return torch.lerp(below, above, places.frac().unsqueeze(-1).to(states.dtype))
+
+
+@auto_docstring
+class RxTForPreTraining(RxTForCausalLM):
+    """
+    The training stages before dialogues (arXiv 2510.03561, supervised curriculum), with the weights of
+    [`RxTForCausalLM`] and no others: what one saves the other loads.
+
+    Given `masked_input_ids`, joint pre-training or fine-tuning: the memory encoder predicts the masked tokens, and the
+    decoder predicts the tokens while it reads the encoder's states, detached and with noise, as if they were a memory.
+
+    Given an episode of `(batch_size, turns, tokens)`, pre-training of the memory attention: after each turn the memory
+    should point where a mix of itself and of the encoded turn points, tokens interpolated to slots.
+    """
+
+    def __init__(self, config: RxTConfig):
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        masked_input_ids: torch.LongTensor | None = None,
+        mlm_targets: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> RxTForPreTrainingOutput:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, tokens)` or `(batch_size, turns, tokens)`): what the
+                decoder reads, or an episode to write.
+            attention_mask (`torch.Tensor` of the same shape, *optional*): 0 at padding.
+            labels (`torch.LongTensor` of the same shape, *optional*): the decoder's targets; -100 where no loss is
+                taken. An episode has none.
+            masked_input_ids (`torch.LongTensor` of shape `(batch_size, tokens)`): `input_ids` with some tokens masked.
+            mlm_targets (`torch.LongTensor` of the same shape, *optional*): the masked tokens, and -100 elsewhere.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): labels in all batches of an optimizer step.
+
+        Returns: [`RxTForPreTrainingOutput`]
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        # the part of this batch in an optimizer step over several
+        share = 1.0
+        if labels is not None and num_items_in_batch is not None:
+            share = labels.ne(-100).sum() / num_items_in_batch
+        if input_ids.dim() == 3:
+            loss, stm_cache = self._memory_loss(input_ids, attention_mask)
+            return RxTForPreTrainingOutput(loss=loss * share, stm_cache=stm_cache)
+        if masked_input_ids is None:
+            raise ValueError(
+                "RxTForPreTraining needs masked_input_ids beside input_ids of (batch_size, tokens), or an episode of "
+                "(batch_size, turns, tokens)."
+            )
+        encoded_states, _ = self.model.encoded_states(self.model.embed_tokens(masked_input_ids), attention_mask)
+        memory_states = torch.stack(encoded_states, dim=1).detach()
+        if self.training:
+            size = upcast(memory_states).pow(2).mean(-1, keepdim=True).sqrt()
+            noise = torch.randn_like(memory_states) * size.to(memory_states.dtype)
+            memory_states = memory_states + self.config.memory_noise_std * noise
+        output = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            labels=labels,
+            use_cache=False,
+            stm_cache=memory_states,
+            memory_mask=attention_mask,
+            num_items_in_batch=num_items_in_batch,
+            return_dict=True,
+            **kwargs,
+        )
+        last_states = F.rms_norm(encoded_states[-1], encoded_states[-1].shape[-1:], eps=self.config.rms_norm_eps)
+        mlm_logits, mlm_loss = self.lm_head(last_states), None
+        fields = dict(output)
+        loss = fields.pop("loss", None)
+        if mlm_targets is not None:
+            targets = mlm_targets.flatten()
+            mlm_loss = F.cross_entropy(upcast(mlm_logits.flatten(0, -2)), targets, ignore_index=-100, reduction="sum")
+            mlm_loss = mlm_loss / targets.ne(-100).sum().clamp(min=1)
+            loss = (0.0 if loss is None else loss) + self.config.mlm_loss_coef * share * mlm_loss
+        return RxTForPreTrainingOutput(loss=loss, mlm_loss=mlm_loss, mlm_logits=mlm_logits, **fields)
+
+    def _memory_loss(self, input_ids, attention_mask):
+        """Mean over turns, layers and slots of 1 - cosine of the memory and its target, and the memory at the end."""
+        batch_size, turns, _ = input_ids.shape
+        embeds, mask = self.model.embed_tokens(input_ids).flatten(0, 1), attention_mask.flatten(0, 1)
+        encoded_states, position_embeddings = self.model.encoded_states(embeds, mask)
+        keys_values = self.model.memory_attention.keys_values(encoded_states, position_embeddings)
+        # memory and encoder differ in scale: only directions are mixed
+        encoded_states = torch.stack(
+            [
+                F.normalize(resampled(states.detach(), mask, self.config.num_memory_slots), dim=-1)
+                for states in encoded_states
+            ],
+            dim=1,
+        ).unflatten(0, (batch_size, turns))
+        active = attention_mask.any(dim=-1)
+        states, loss = self.model.initial_states(batch_size), 0.0
+        for turn, turn_keys_values in enumerate(by_turn(keys_values, turns)):
+            # the first turn is nearly all that there is to remember; later ones are less and less of it
+            weight = 0.9 if turn == 0 else max(0.5 - 0.05 * turn, 0.1)
+            target = torch.lerp(F.normalize(states.detach(), dim=-1), encoded_states[:, turn], weight)
+            states = self.model._write(self.model._carried(states, turn), turn_keys_values, attention_mask[:, turn])
+            distance = 1.0 - F.cosine_similarity(upcast(states), upcast(target), dim=-1)
+            loss = loss + (distance.mean(dim=(1, 2)) * active[:, turn]).sum()
+        return loss / active.sum().clamp(min=1), STMCache(states, turns=active.sum(-1))
+
+
+__all__ = ["RxTForCausalLM", "RxTForPreTraining", "RxTModel", "RxTPreTrainedModel"]

@@ -306,6 +306,47 @@ class Reference:
             states = self.update(states, self.encode(ids, mask), mask)
         return total / count
 
+    # ---- section 8: the stages before dialogues
+
+    def joint_losses(self, input_ids, masked_input_ids, attention_mask, labels, mlm_targets) -> tuple[Tensor, Tensor]:
+        """Next-token loss under the encoder's states as memory, and masked-token loss; both means over targets."""
+        next_token, masked = [], []
+        for ids, noisy, mask, targets, hidden in zip(
+            input_ids, masked_input_ids, attention_mask.bool(), labels, mlm_targets, strict=True
+        ):
+            encoded = self.encode_row(noisy[mask])
+            log_p = self.decode_row(ids[mask], torch.stack(encoded).detach())[1].log_softmax(-1)
+            next_token += [-log_p[i, t] for i, t in enumerate(targets[mask][1:]) if t != -100]
+            last = encoded[-1] / (encoded[-1].pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps).sqrt()
+            log_p = (last @ self.weight("model.embed_tokens.weight").T).log_softmax(-1)
+            masked += [-log_p[i, t] for i, t in enumerate(hidden[mask]) if t != -100]
+        return torch.stack(next_token).mean(), torch.stack(masked).mean()
+
+    def memory_loss(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """1 - cosine of the written memory and (1 - w_t) * memory + w_t * turn, mean over turns, layers and slots."""
+        slots, losses = self.config.num_memory_slots, []
+        for ids, mask in zip(input_ids, attention_mask.bool(), strict=True):
+            memory = self.initial_states(1)[0]
+            for turn in range(len(ids)):
+                tokens = ids[turn][mask[turn]]
+                if len(tokens) == 0:
+                    continue
+                encoded = self.encode_row(tokens)
+                written = self.update_row(memory, encoded)
+                weight = 0.9 if turn == 0 else max(0.5 - 0.05 * turn, 0.1)
+                for layer, states in enumerate(encoded):
+                    for slot in range(slots):
+                        place = min(max((slot + 0.5) * len(tokens) / slots - 0.5, 0.0), len(tokens) - 1.0)
+                        low = int(place)
+                        high = min(low + 1, len(tokens) - 1)
+                        said = states[low] + (place - low) * (states[high] - states[low])
+                        old = memory[layer, slot]
+                        target = (1 - weight) * old / old.norm() + weight * said / said.norm()
+                        new = written[layer, slot]
+                        losses.append(1 - new @ target.detach() / (new.norm() * target.norm()))
+                memory = written
+        return torch.stack(losses).mean()
+
 
 def spread(rows: list[Tensor | None], mask: Tensor, width: int) -> Tensor:
     """Puts the rows' tokens back to where `mask` had them; zeros elsewhere."""

@@ -24,10 +24,11 @@ BELOW: dict[str, set[str]] = {
     "chat_template": set(),
     "data": {"chat_template"},
     "session": {"chat_template", "modeling_rxt"},
+    "graphs": {"modeling_rxt"},
     "hub": {"chat_template", "modeling_rxt"},
     "convert": {"chat_template", "modeling_rxt"},
     "training": {"data", "modeling_rxt", "presets"},
-    "evaluation": {"data", "session"},
+    "evaluation": {"data", "presets", "session"},
     "serving": {"session"},
 }
 BELOW["__init__"] = set(BELOW)

@@ -63,6 +63,39 @@ class RxTEpisodeCollator:
         return len(episodes), max(map(len, episodes)), -(-num_tokens // multiple) * multiple
 
 
+@dataclass
+class RxTPreTrainingCollator(RxTEpisodeCollator):
+    r"""
+    Batches for [`RxTForPreTraining`]: what [`RxTEpisodeCollator`] gives, and for single interactions or rows of text
+    also `masked_input_ids`, where a share of the tokens is replaced, and `mlm_targets`, those tokens (-100 elsewhere).
+
+    Args:
+        mask_token_id (`int`): takes the place of the masked tokens.
+        mlm_probability (`float`): share of the tokens that are masked.
+        special_token_ids (`Sequence[int]`): tokens that are never masked.
+    """
+
+    mask_token_id: int = 3
+    mlm_probability: float = 0.3
+    special_token_ids: Sequence[int] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0.0 < self.mlm_probability < 1.0:
+            raise ValueError(f"mlm_probability must lie between 0 and 1, got {self.mlm_probability}.")
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = super().__call__(features)
+        ids = batch["input_ids"]
+        if ids.dim() == 3:
+            return batch
+        special = torch.tensor([*self.special_token_ids, self.mask_token_id])
+        is_masked = (torch.rand(ids.shape) < self.mlm_probability) & (batch["attention_mask"] == 1)
+        is_masked &= ~torch.isin(ids, special)
+        masked = {"masked_input_ids": ids.masked_fill(is_masked, self.mask_token_id)}
+        return batch | masked | {"mlm_targets": ids.masked_fill(~is_masked, -100)}
+
+
 def _is_nested(values: Sequence) -> bool:
     return isinstance(values[0], list | tuple) or getattr(values[0], "ndim", 0) > 0
 

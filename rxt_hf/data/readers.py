@@ -1,0 +1,382 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+r"""
+Readers that bring every source into one schema, and the data set that training takes.
+
+An interaction is a mapping with `query` and `answer`, and where they apply
+
+    instruction   a system prompt; alone (`query` is None) it is an interaction of its own
+    role          "tool" if `query` is the result of a tool
+    thinking, tool_calls    what the assistant said beside `answer`
+    recall        `[[start, end, distance], ...]`: words of `answer`, as character spans, that only earlier turns tell
+
+`query` and `answer` are texts, or lists of token ids (see `rxt_hf.data.tasks`). Without an answer (None) nothing is
+learned in that turn, but it is written into the memory. An episode is a mapping with `interactions`; its `probes`, if
+it has them, are questions to be asked after the last interaction, each from the same memory.
+"""
+
+import copy
+import gzip
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, islice
+from pathlib import Path
+from random import Random
+from typing import Any, cast
+
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from ..chat_template import _ESCAPE, CONTROL_TOKENS, _encode_texts, _escape, encode_interactions
+
+logger = logging.get_logger(__name__)
+
+
+def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file, packed with gzip or not; raises `ValueError` with the line of anything else."""
+    opener = gzip.open if str(path).endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number} is a {type(row).__name__}, expected an object.")
+            yield row
+
+
+def read_episodes(source: Any, split: str | None = None) -> Iterator[dict[str, Any]]:
+    r"""
+    Reads episodes from a JSONL file, a folder of them, a `datasets.Dataset`, or any rows.
+
+    A row holds `interactions`, or `messages` (see [`split_messages`]), or one `query` and `answer`; its other columns
+    are kept. Conversations in `messages` in which nothing is answered are left out.
+
+    Args:
+        source (`str`, `os.PathLike`, `Mapping` or `Iterable[Mapping]`): a path; rows; or rows by split, as a
+            `datasets.DatasetDict` has them.
+        split (`str`, *optional*): in a folder, the name of the file: `train` reads `train.jsonl` or `train.jsonl.gz`.
+
+    Raises:
+        `FileNotFoundError` if the file or the split is not there, `ValueError` for a row that is none of these.
+    """
+    if isinstance(source, str | os.PathLike):
+        source = read_jsonl(_split_file(Path(source), split))
+    elif isinstance(source, Mapping):
+        if split not in source:
+            raise FileNotFoundError(f"There is no split {split!r}, only {sorted(source)}.")
+        source = source[split]
+    for number, row in enumerate(source):
+        try:
+            episode = _to_episode(row)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"Row {number}: {error}") from error
+        if episode is not None:
+            yield episode
+
+
+def _split_file(path: Path, split: str | None) -> Path:
+    if not path.is_dir():
+        return path
+    files = [path / f"{split}{ending}" for ending in (".jsonl", ".jsonl.gz")]
+    if found := [file for file in files if file.is_file()]:
+        return found[0]
+    splits = sorted({file.name.split(".jsonl")[0] for file in path.glob("*.jsonl*")})
+    raise FileNotFoundError(f"{path} has no split {split!r}, only {splits}.")
+
+
+def _to_episode(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not isinstance(row, Mapping):
+        raise TypeError(f"a row must be a mapping, got {type(row).__name__}.")
+    if row.get("interactions") is not None:
+        for turn in row["interactions"]:
+            if missing := {"query", "answer"} - set(turn):
+                raise ValueError(f"an interaction lacks {sorted(missing)}, it has {sorted(turn)}.")
+        return dict(row)
+    if row.get("messages") is not None:
+        interactions = split_messages(row["messages"])
+        if all(turn["answer"] is None for turn in interactions):
+            return None
+        return {name: value for name, value in row.items() if name != "messages"} | {"interactions": interactions}
+    if {"query", "answer"} <= set(row):
+        return {"interactions": [dict(row)]}
+    raise ValueError(f"expected interactions, messages, or query and answer; got the columns {sorted(row)}.")
+
+
+def split_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    r"""
+    Splits a chat into interactions, each of which the chat template renders alone.
+
+    A system message becomes an interaction of its own, as the memory takes it. Consecutive messages of one role are
+    joined by a line break. A user or tool message without an answer at the end is dropped; an assistant that speaks
+    first answers an empty query. The result of a tool is the query of the next interaction (`role` "tool").
+
+    Raises:
+        `ValueError` for what the template cannot say: other roles, content that is not text, a user, tool or system
+        message straight after one of another role that is still unanswered, and a message that follows a tool call.
+    """
+    interactions: list[dict[str, Any]] = []
+    pending: dict[str, Any] | None = None
+    for role, group in groupby(messages, key=lambda message: message.get("role")):
+        if role not in ("system", "user", "tool", "assistant"):
+            raise ValueError(f"the role {role!r} is unknown: use system, user, assistant or tool.")
+        said = list(group)
+        text = "\n".join(filter(None, map(_content, said)))
+        if role == "assistant":
+            interactions.append((pending or {"query": ""}) | {"answer": text} | _beside_answer(said))
+            pending = None
+        elif pending is not None:
+            raise ValueError(f"a {role} message follows a {pending.get('role', 'user')} message that has no answer.")
+        elif role == "system":
+            interactions.append({"query": None, "answer": None, "instruction": text})
+        else:
+            pending = {"query": text, "answer": None} | ({"role": "tool"} if role == "tool" else {})
+    return interactions
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if content is None and message["role"] == "assistant":
+        return ""
+    if isinstance(content, list) and all(
+        isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    raise ValueError(f"the content of a {message['role']} message must be text, got {content!r:.80}.")
+
+
+def _beside_answer(said: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    if any(message.get("tool_calls") for message in said[:-1]):
+        raise ValueError("an assistant message follows a tool call: the result of the tool must come between.")
+    thoughts = [message.get("reasoning_content") or message.get("thinking") for message in said]
+    found = {"thinking": "\n".join(filter(None, thoughts)), "tool_calls": said[-1].get("tool_calls")}
+    return {name: value for name, value in found.items() if value}
+
+
+def cut_episode(episode: Mapping[str, Any], max_turns: int) -> dict[str, Any]:
+    """The first `max_turns` interactions, with the probes whose value is said for the last time within them."""
+    cut = max(0, len(episode["interactions"]) - max_turns)
+    shorter = dict(episode, interactions=episode["interactions"][:max_turns])
+    if cut and episode.get("probes"):
+        shorter["probes"] = [
+            dict(probe, distance=probe["distance"] - cut) for probe in episode["probes"] if probe["distance"] > cut
+        ]
+    return shorter
+
+
+class Episodes(Dataset):
+    r"""
+    Encoded episodes, as [`RxTEpisodeCollator`] takes them: `{"input_ids", "labels"}`, each a list of turns.
+
+    Labels are -100 outside of answers. Encoding is done once, at creation.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`): one with control tokens; None for dialogues of token ids.
+        dialogues (`Iterable[Mapping]`): episodes, see the module.
+        max_turns (`int`, *optional*): longer episodes are cut to their first `max_turns` interactions.
+        max_tokens (`int`, *optional*): an episode ends before its first interaction of more tokens. Without it,
+            interactions longer than `tokenizer.model_max_length` raise.
+
+    Attributes:
+        dialogues (`list`): the source of each item, cut as the item is.
+        recall_labels (`list`): for each item None if its source marks no `recall`, else labels that are -100 outside
+            of the marked words, so that `recall_labels[i]` in place of `labels` gives the loss on recalled words.
+        sizes (`list[tuple[int, int]]`): turns of each item, and tokens of its longest turn.
+
+    Dialogues of which nothing to learn remains are left out; a warning tells how many.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast | None,
+        dialogues: Iterable[Mapping[str, Any]],
+        *,
+        max_turns: int | None = None,
+        max_tokens: int | None = None,
+    ):
+        for name, value in (("max_turns", max_turns), ("max_tokens", max_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1, or None.")
+        if tokenizer is not None and max_tokens is not None:
+            # a view without limit: what is too long is cut here, where encode_interactions would raise
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.model_max_length = int(1e30)
+        self.dialogues: list[dict[str, Any]] = []
+        self.recall_labels: list[list[list[int]] | None] = []
+        self._features: list[dict[str, list[list[int]]]] = []
+        left_out = 0
+        for dialogue in dialogues:
+            rows = _encode_turns(tokenizer, dialogue["interactions"][:max_turns])
+            too_long = (turn for turn, (ids, _) in enumerate(rows) if max_tokens is not None and len(ids) > max_tokens)
+            kept = next(too_long, len(rows))
+            if all(label == -100 for _, labels in rows[:kept] for label in labels):
+                left_out += 1
+                continue
+            input_ids, labels = map(list, zip(*rows[:kept], strict=True))
+            self._features.append({"input_ids": input_ids, "labels": labels})
+            self.dialogues.append(cut_episode(dialogue, kept))
+            self.recall_labels.append(_recall_labels(tokenizer, self.dialogues[-1]["interactions"], input_ids))
+        if left_out:
+            logger.warning(f"{left_out} of {left_out + len(self)} dialogues have no answer within the limits.")
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def __getitem__(self, index: int) -> dict[str, list[list[int]]]:
+        return self._features[index]
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        return [(len(item["input_ids"]), max(map(len, item["input_ids"]))) for item in self._features]
+
+
+def _encode_turns(
+    tokenizer: PreTrainedTokenizerFast | None, turns: Sequence[Mapping[str, Any]]
+) -> list[tuple[list[int], list[int]]]:
+    """Ids and labels of each turn; the plain ones are encoded in one call."""
+    if any(isinstance(turn["query"], list) for turn in turns):
+        return [_encode_ids(turn) for turn in turns]
+    if tokenizer is None:
+        raise ValueError("Dialogues of text need a tokenizer: only those of token ids are encoded without one.")
+    columns: tuple[list, list, list] = ([], [], [])
+    for turn in filter(_is_plain, turns):
+        for name, column in zip(("query", "answer", "instruction"), columns, strict=True):
+            column.append(turn.get(name))
+    encoded = encode_interactions(tokenizer, columns[0], columns[1], instructions=columns[2])
+    plain = iter(zip(encoded["input_ids"], encoded["labels"], strict=True))
+    return [next(plain) if _is_plain(turn) else _encode_by_template(tokenizer, turn) for turn in turns]
+
+
+def _is_plain(turn: Mapping[str, Any]) -> bool:
+    beside = turn.get("thinking") or turn.get("tool_calls") or turn.get("role") == "tool"
+    return turn["query"] is not None and not beside
+
+
+def _encode_ids(turn: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """`[BOS][Q]query[A]answer[EOS]`, where the control tokens have the first ids, as `train_tokenizer` gives them."""
+    bos, query_id, answer_id, eos = (
+        list(CONTROL_TOKENS).index(f"{name}_token") for name in ("bos", "query", "answer", "eos")
+    )
+    prompt = [bos, query_id, *turn["query"], answer_id]
+    target = [] if turn["answer"] is None else [*turn["answer"], eos]
+    return prompt + target, [-100] * len(prompt) + target
+
+
+def _encode_by_template(tokenizer: PreTrainedTokenizerFast, turn: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    contents = {"system": turn.get("instruction"), turn.get("role") or "user": turn["query"]}
+    messages = [{"role": role, "content": text} for role, text in contents.items() if text is not None]
+    if turn["answer"] is not None:
+        beside = {"reasoning_content": turn.get("thinking"), "tool_calls": turn.get("tool_calls")}
+        messages.append({"role": "assistant", "content": turn["answer"]} | beside)
+    encoded = cast(
+        dict[str, list[int]],
+        tokenizer.apply_chat_template(
+            messages,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=turn["answer"] is None and turn["query"] is not None,
+        ),
+    )
+    ids = encoded["input_ids"]
+    if len(ids) > tokenizer.model_max_length:
+        raise ValueError(
+            f"An interaction has {len(ids)} tokens, more than model_max_length={tokenizer.model_max_length}: "
+            "use max_tokens."
+        )
+    return ids, [token if said else -100 for token, said in zip(ids, encoded["assistant_masks"], strict=True)]
+
+
+def _recall_labels(
+    tokenizer: PreTrainedTokenizerFast | None, turns: Sequence[Mapping[str, Any]], input_ids: Sequence[list[int]]
+) -> list[list[int]] | None:
+    if tokenizer is None or all(turn.get("recall") is None for turn in turns):
+        return None
+    rows = [[-100] * len(ids) for ids in input_ids]
+    for turn, ids, row in zip(turns, input_ids, rows, strict=True):
+        if not turn.get("recall"):
+            continue
+        escaped = _escape(turn["answer"])
+        tokens = tokenizer(escaped, add_special_tokens=False, return_offsets_mapping=True)
+        answer_start = ids.index(tokenizer.answer_token_id) + 1
+        for position, offsets in enumerate(tokens["offset_mapping"], answer_start):
+            # the spans count the characters of the answer without those of the escape
+            first, last = (offset - escaped[:offset].count(_ESCAPE) for offset in offsets)
+            if any(start < last and first < end for start, end, *_ in turn["recall"]):
+                row[position] = ids[position]
+    return rows
+
+
+def bucket_by_turns(
+    sizes: Sequence[tuple[int, int]],
+    *,
+    max_batch_tokens: int,
+    max_turn_difference: int = 1,
+    seed: int = 0,
+    epoch: int = 0,
+) -> list[list[int]]:
+    r"""
+    Batches of indices, as `DataLoader(batch_sampler=...)` takes them: every episode once, those of about equal turns
+    and tokens together, in an order that depends on `seed` and `epoch` alone.
+
+    Args:
+        sizes (`Sequence[tuple[int, int]]`): turns, and tokens of the longest turn, of each episode: `Episodes.sizes`.
+        max_batch_tokens (`int`): upper bound of batch size x turns x tokens of a padded batch.
+        max_turn_difference (`int`): between the episodes of a batch.
+
+    Raises:
+        `ValueError` if an episode alone is larger than `max_batch_tokens`.
+    """
+    random = Random(f"{seed}:{epoch}").random
+    batches: list[list[int]] = []
+    batch: list[int] = []
+    width = 0
+    # tokens are compared coarsely, so that batches differ from epoch to epoch
+    for index in sorted(range(len(sizes)), key=lambda index: (sizes[index][0], sizes[index][1] // 8, random())):
+        turns, tokens = sizes[index]
+        if turns * tokens > max_batch_tokens:
+            raise ValueError(
+                f"Episode {index} has {turns} turns of up to {tokens} tokens, more than "
+                f"max_batch_tokens={max_batch_tokens}: cut it with max_turns or max_tokens of Episodes."
+            )
+        width = max(width, tokens)
+        is_full = (len(batch) + 1) * turns * width > max_batch_tokens
+        if batch and (is_full or turns - sizes[batch[0]][0] > max_turn_difference):
+            batches.append(batch)
+            batch, width = [], tokens
+        batch.append(index)
+    if batch:
+        batches.append(batch)
+    return sorted(batches, key=lambda _: random())
+
+
+def pack_texts(
+    tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], length: int
+) -> Iterator[dict[str, list[int]]]:
+    r"""
+    Rows of `length` tokens from a corpus of plain text, for the stages before dialogues.
+
+    The documents follow each other as `[BOS]text[EOS]` and are cut wherever a row is full: no token is lost or
+    doubled, and only the last row may be shorter. Text that spells a control token stays text.
+
+    Returns:
+        `Iterator[dict]`: `{"input_ids", "labels"}`, equal lists, as [`RxTEpisodeCollator`] takes single interactions.
+    """
+    if length < 1:
+        raise ValueError(f"length={length} must be at least 1.")
+    documents, waiting = iter(texts), []
+    while batch := list(islice(documents, 256)):
+        for ids in _encode_texts(tokenizer, batch):
+            waiting += [tokenizer.bos_token_id, *(ids or ()), tokenizer.eos_token_id]
+        full = len(waiting) - len(waiting) % length
+        for start in range(0, full, length):
+            row = waiting[start : start + length]
+            yield {"input_ids": row, "labels": list(row)}
+        del waiting[:full]
+    if waiting:
+        yield {"input_ids": waiting, "labels": list(waiting)}

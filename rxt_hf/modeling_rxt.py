@@ -831,6 +831,7 @@ class RxTModel(RxTPreTrainedModel):
         use_cache: bool | None = None,
         stm_cache: STMCache | torch.Tensor | None = None,
         memory_mask: torch.Tensor | None = None,
+        write_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RxTModelOutputWithPast:
         r"""
@@ -839,6 +840,8 @@ class RxTModel(RxTPreTrainedModel):
         memory_mask (`torch.Tensor` of shape `(batch_size, slots)`, *optional*):
             0 where nothing is to be read. The memory is then a tensor with any number of slots, such as the states of
             a memory encoder.
+        write_mask (`torch.Tensor` of shape `(batch_size, turns)`, *optional*):
+            0 for the turns of an episode that are read under the memory and not written into it.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -851,8 +854,13 @@ class RxTModel(RxTPreTrainedModel):
             if past_key_values is not None:
                 raise ValueError("An episode of (batch, turns, tokens) keeps no past_key_values; pass one turn.")
             states, turns, fingerprint = self._read(stm_cache, batch_size)
-            hidden_states, states = self._episode(inputs_embeds, attention_mask, states, **kwargs)
-            written = inputs_embeds.shape[1] if attention_mask is None else attention_mask.any(-1).sum(-1)
+            if write_mask is None:
+                write_mask = attention_mask
+            else:
+                write_mask = write_mask.unsqueeze(-1).expand(inputs_embeds.shape[:-1])
+                write_mask = write_mask if attention_mask is None else write_mask * attention_mask
+            hidden_states, states = self._episode(inputs_embeds, attention_mask, write_mask, states, **kwargs)
+            written = inputs_embeds.shape[1] if write_mask is None else write_mask.any(-1).sum(-1)
             stm_cache = STMCache(states, turns=turns.to(states.device) + written, fingerprint=fingerprint)
             return RxTModelOutputWithPast(last_hidden_state=hidden_states, stm_cache=stm_cache)
 
@@ -910,7 +918,7 @@ class RxTModel(RxTPreTrainedModel):
         ends = self.config.bptt_turns and turn and turn % self.config.bptt_turns == 0
         return states.detach() if ends else states
 
-    def _episode(self, inputs_embeds, attention_mask, states, **kwargs):
+    def _episode(self, inputs_embeds, attention_mask, write_mask, states, **kwargs):
         """
         All turns at once: encode every turn, write them one after the other, then decode each turn under the memory
         of the turns before it. The same numbers as turn by turn, with only the writes in sequence.
@@ -921,7 +929,7 @@ class RxTModel(RxTPreTrainedModel):
         read_states = []
         for turn, keys_values in enumerate(by_turn(self.encode(flat_embeds, flat_mask), turns)):
             read_states.append(states)
-            turn_mask = None if attention_mask is None else attention_mask[:, turn]
+            turn_mask = None if write_mask is None else write_mask[:, turn]
             states = self._write(self._carried(states, turn), keys_values, turn_mask)
         hidden_states = self.decode(flat_embeds, torch.stack(read_states, dim=1).flatten(0, 1), flat_mask, **kwargs)
         return hidden_states.unflatten(0, (batch_size, turns)), states
@@ -1174,7 +1182,7 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
         is_episode = (input_ids if inputs_embeds is None else inputs_embeds[..., 0]).dim() == 3
         recompute = is_episode and labels is not None and self.model.gradient_checkpointing and self.training
         # the routers' loss is one over all turns, so an episode that takes it recomputes by layer, not by turn
-        if recompute and not output_router_logits:
+        if recompute and not output_router_logits and kwargs.get("write_mask") is None:
             embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             return self._recomputed_episode(embeds, attention_mask, labels, stm_cache, **kwargs)
         outputs = self.model(

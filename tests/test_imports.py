@@ -27,7 +27,8 @@ BELOW: dict[str, set[str]] = {
     "graphs": {"modeling_rxt"},
     "hub": {"chat_template", "modeling_rxt"},
     "convert": {"chat_template", "modeling_rxt"},
-    "training": {"data", "modeling_rxt", "presets"},
+    # rewards are measures, and an upcycled model is converted first
+    "training": {"convert", "evaluation"},
     "evaluation": {"data", "presets", "session"},
     "serving": {"session"},
 }

@@ -513,7 +513,7 @@ def _noisy(template: str) -> str:
     return template.lower().replace("'", "").rstrip(".?!")
 
 
-class _Writer:
+class DialogueWriter:
     """Writes one dialogue turn by turn."""
 
     def __init__(self, rng: Random, split: str, p_open: float, p_noise: float, max_live: int, only_open: bool) -> None:
@@ -692,7 +692,7 @@ def generate_dialogue(
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
     default_open = {"train": 0.5, "open": 1.0}.get(split, 0.0)
-    writer = _Writer(
+    writer = DialogueWriter(
         Random(f"{split}:{seed}"),
         split,
         default_open if p_open is None else p_open,

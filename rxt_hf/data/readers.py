@@ -212,7 +212,7 @@ class Episodes(Dataset):
         self._features: list[dict[str, list[list[int]]]] = []
         left_out = 0
         for dialogue in dialogues:
-            rows = _encode_turns(tokenizer, dialogue["interactions"][:max_turns])
+            rows = encode_turns(tokenizer, dialogue["interactions"][:max_turns])
             too_long = (turn for turn, (ids, _) in enumerate(rows) if max_tokens is not None and len(ids) > max_tokens)
             kept = next(too_long, len(rows))
             if all(label == -100 for _, labels in rows[:kept] for label in labels):
@@ -236,7 +236,7 @@ class Episodes(Dataset):
         return [(len(item["input_ids"]), max(map(len, item["input_ids"]))) for item in self._features]
 
 
-def _encode_turns(
+def encode_turns(
     tokenizer: PreTrainedTokenizerFast | None, turns: Sequence[Mapping[str, Any]]
 ) -> list[tuple[list[int], list[int]]]:
     """Ids and labels of each turn; the plain ones are encoded in one call."""

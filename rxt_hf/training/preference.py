@@ -1,0 +1,257 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+r"""
+Stage 5, preferences over a memory: DPO (arXiv 2305.18290) and its anchored forms (APO, arXiv 2408.06266).
+
+An episode's turn may have a rejected answer beside the chosen one. Both are scored under the same memory, that of the
+turns before, and only then the chosen one is written. To that end the rejected answer stands in the episode as a turn
+of its own right before the chosen one, read and never written (`write_mask`): one forward scores all turns at once.
+
+The reference writes a memory of its own, from the same chosen answers. Its probability of an answer given the dialogue
+is then a constant, as DPO's derivation has it. Under the policy's memory it would move with the policy's writes, and
+read a memory that it was never trained to read.
+
+Gradients flow through the memory into the writes of the turns before, over `config.bptt_turns` turns, where a rejected
+answer counts as one. Freeze `memory_encoder`, `memory_attention` and `initial_memory` to leave the writes alone.
+"""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+from ..data.collator import RxTEpisodeCollator
+from ..data.facts import score_answer
+from ..data.readers import encode_turns, split_messages
+from ..evaluation.recall import left_padded
+from ..modeling_rxt import upcast
+
+LossType = Literal["dpo", "apo_zero", "apo_down"]
+
+
+def preference_loss(chosen: torch.Tensor, rejected: torch.Tensor, loss_type: LossType = "dpo") -> torch.Tensor:
+    r"""
+    The loss of each pair, from the rewards `r = beta * log(policy / reference)` of its answers:
+
+        dpo        -log sigmoid(r_chosen - r_rejected)                      arXiv 2305.18290, equation 7
+        apo_zero   sigmoid(r_rejected) - sigmoid(r_chosen)                  arXiv 2408.06266, equation 7
+        apo_down   sigmoid(r_chosen) - sigmoid(r_chosen - r_rejected)       arXiv 2408.06266, equation 8
+
+    DPO sees the difference alone. `apo_zero` raises the chosen and lowers the rejected answer, for chosen answers that
+    are better than the model's own; `apo_down` lowers both, the rejected one more.
+
+    Args:
+        chosen (`torch.Tensor` of shape `(pairs,)`): rewards of the chosen answers.
+        rejected (`torch.Tensor` of shape `(pairs,)`): rewards of the rejected answers.
+    """
+    if loss_type == "dpo":
+        return -F.logsigmoid(chosen - rejected)
+    if loss_type == "apo_zero":
+        return rejected.sigmoid() - chosen.sigmoid()
+    if loss_type == "apo_down":
+        return chosen.sigmoid() - (chosen - rejected).sigmoid()
+    raise ValueError(f'loss_type must be "dpo", "apo_zero" or "apo_down", got {loss_type!r}.')
+
+
+def answer_log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """
+    Log probability of each label of (..., tokens) under `logits` of (..., tokens, vocab_size), of shape
+    (..., tokens - 1) and in float32 at least; 0 where the label is -100.
+    """
+    logits, targets = upcast(logits[..., :-1, :]), labels[..., 1:]
+    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="none")
+    return -losses.view(targets.shape)
+
+
+def encode_preferences(
+    tokenizer: PreTrainedTokenizerFast | None, interactions: Sequence[Mapping[str, Any]]
+) -> dict[str, list]:
+    """
+    A dialogue as [`PreferenceCollator`] takes it: `input_ids` and `labels` of each turn, a rejected answer being a
+    turn before the chosen one, and `is_written`. Labels are -100 in turns without a rejected answer.
+
+    Args:
+        interactions (`Sequence[Mapping]`): `query`, `answer`, and in turns with a preference `rejected`, a text or
+            token ids as `answer` is; see [`rxt_hf.data.readers`] for what else an interaction may have.
+    """
+    turns, is_written, is_scored = [], [], []
+    for turn in interactions:
+        has_pair = turn.get("rejected") is not None
+        if has_pair:
+            beside = ("thinking", "tool_calls")
+            turns.append({name: turn[name] for name in turn if name not in beside} | {"answer": turn["rejected"]})
+        turns.append(turn)
+        is_written += [0, 1] if has_pair else [1]
+        is_scored += [has_pair] * (1 + has_pair)
+    encoded = encode_turns(tokenizer, turns)
+    labels = [row if scored else [-100] * len(row) for (_, row), scored in zip(encoded, is_scored, strict=True)]
+    return {"input_ids": [ids for ids, _ in encoded], "labels": labels, "is_written": is_written}
+
+
+def preference_interactions(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """
+    The interactions of a row of a preference data set: `chosen` and `rejected`, each the messages of a chat or the
+    text of its last answer, and `prompt`, the messages or the text before, if they do not begin with them.
+
+    Raises: `ValueError` if the two differ in more than their last answer, or in nothing.
+    """
+    before = _messages(row.get("prompt") or [], "user")
+    chosen, rejected = (split_messages(before + _messages(row[name], "assistant")) for name in ("chosen", "rejected"))
+    if chosen[:-1] != rejected[:-1] or chosen[-1]["query"] != rejected[-1]["query"]:
+        raise ValueError("chosen and rejected differ before their last answer.")
+    if chosen[-1]["answer"] == rejected[-1]["answer"]:
+        raise ValueError(f"chosen and rejected end in the same answer: {chosen[-1]['answer']!r:.80}.")
+    return [*chosen[:-1], chosen[-1] | {"rejected": rejected[-1]["answer"]}]
+
+
+def _messages(value: str | Sequence[Mapping[str, Any]], role: str) -> list[Mapping[str, Any]]:
+    return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
+
+
+@torch.no_grad()
+def add_own_mistakes(
+    model: Any,
+    tokenizer: Any,
+    dialogues: Sequence[Mapping[str, Any]],
+    *,
+    max_new_tokens: int = 32,
+    is_right: Callable[[Any, str], bool] = lambda turn, answer: score_answer(turn, answer)["correct"],
+) -> list[list[dict[str, Any]]]:
+    """
+    Preferences that the model needs: answers every question of the dialogues (`kind` "ask" or "unknown"), greedily and
+    under the memory of the reference answers, and makes `rejected` what is not `is_right`. Dialogues must have equally
+    many turns. What comes after the last mistake is cut off, and dialogues without one are left out.
+    """
+    model.eval()
+    collate = RxTEpisodeCollator(tokenizer.pad_token_id)
+    episodes = [[dict(turn) for turn in dialogue["interactions"]] for dialogue in dialogues]
+    memory = model.init_stm(len(episodes))
+    for turns in zip(*episodes, strict=True):
+        asked = [row for row, turn in enumerate(turns) if turn["kind"] in ("ask", "unknown")]
+        if asked:
+            prompts = encode_turns(tokenizer, [turns[row] | {"answer": None} for row in asked])
+            inputs = left_padded([ids for ids, _ in prompts], tokenizer.pad_token_id)
+            out = model.generate(
+                **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+                stm_cache=memory.select(asked),
+                update_memory=False,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+            )
+            said = out.sequences[:, inputs["input_ids"].shape[1] :]
+            for row, answer in zip(asked, tokenizer.batch_decode(said, skip_special_tokens=True), strict=True):
+                if not is_right(turns[row], answer):
+                    turns[row]["rejected"] = answer
+        written = collate([{"input_ids": ids, "labels": labels} for ids, labels in encode_turns(tokenizer, turns)])
+        ids, mask = (written[name].to(model.device) for name in ("input_ids", "attention_mask"))
+        memory = model.update_memory(memory, ids, mask)
+    last = [max((place for place, turn in enumerate(turns) if "rejected" in turn), default=-1) for turns in episodes]
+    return [turns[: end + 1] for turns, end in zip(episodes, last, strict=True) if end >= 0]
+
+
+@dataclass
+class PreferenceCollator(RxTEpisodeCollator):
+    """[`RxTEpisodeCollator`] for what [`encode_preferences`] gives, with `write_mask` of (batch_size, turns)."""
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = super().__call__([{name: feature[name] for name in ("input_ids", "labels")} for feature in features])
+        batch["write_mask"] = torch.zeros(batch["labels"].shape[:2], dtype=torch.long)
+        for row, feature in enumerate(features):
+            is_written = torch.tensor(feature["is_written"][: self.max_turns])
+            batch["write_mask"][row, : len(is_written)] = is_written
+        return batch
+
+
+@dataclass
+class PreferenceArguments(TrainingArguments):
+    """
+    [`TrainingArguments`], and:
+
+    Args:
+        beta (`float`): weight of the log ratio of policy and reference; small ones allow the policy to go far.
+        loss_type (`str`): `"dpo"`, `"apo_zero"` or `"apo_down"`, see [`preference_loss`].
+    """
+
+    beta: float = field(default=0.1, metadata={"help": "weight of the log ratio of policy and reference"})
+    loss_type: LossType = field(default="dpo", metadata={"help": "see preference_loss"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "the model does not know all columns"})
+
+
+def check_reference(model: Any, reference_model: Any) -> Any:
+    """The frozen reference model, or None if the policy is an adapter that can be switched off."""
+    if reference_model is not None:
+        return reference_model.requires_grad_(False).eval()
+    if not hasattr(model, "disable_adapter"):
+        raise ValueError(
+            f"A reference is needed: pass reference_model=copy.deepcopy(model), or a PEFT model in place of "
+            f"{type(model).__name__}, whose reference is itself with the adapter switched off."
+        )
+    return None
+
+
+@contextmanager
+def reference_of(policy: Any, reference_model: Any) -> Generator[Any, None, None]:
+    """The reference without gradients and dropout: the given model, else the policy with its adapter switched off."""
+    with torch.no_grad():
+        if reference_model is not None:
+            yield reference_model
+            return
+        is_training = policy.training
+        with policy.disable_adapter():
+            yield policy.eval()
+        policy.train(is_training)
+
+
+def with_router_loss(loss: torch.Tensor, outputs: Any, model: Any) -> torch.Tensor:
+    """The loss, and the load-balancing loss of a mixture of experts as in the stages before."""
+    return loss if outputs.aux_loss is None else loss + model.config.router_aux_loss_coef * outputs.aux_loss
+
+
+class PreferenceTrainer(Trainer):
+    r"""
+    `Trainer` with the loss of [`preference_loss`], mean over the pairs of a batch. Data sets hold what
+    [`encode_preferences`] gives, batches come from a [`PreferenceCollator`]. Logs `accuracy`, the share of pairs whose
+    chosen answer has the larger reward, and `margin`, the mean difference of the rewards.
+
+    Args:
+        reference_model ([`RxTForCausalLM`], *optional*): is frozen. Without it the model must be a `PeftModel`, and
+            the reference is the model with its adapter switched off.
+    """
+
+    args: PreferenceArguments
+
+    def __init__(self, *args: Any, reference_model: Any = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.reference_model = check_reference(self.model, reference_model)
+        if self.reference_model is not None:
+            self.reference_model = self.accelerator.prepare_model(self.reference_model, evaluation_mode=True)
+        # the loss is a mean over this batch: to be divided by the number of accumulated batches
+        self.model_accepts_loss_kwargs = False
+        self._measured: list[torch.Tensor] = []
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels, written = inputs["labels"], inputs["write_mask"].bool()
+        episode = {name: inputs[name] for name in ("input_ids", "attention_mask", "write_mask")}
+        with reference_of(self.accelerator.unwrap_model(model), self.reference_model) as reference:
+            expected = answer_log_probs(reference(**episode).logits, labels).sum(-1)
+        outputs = model(**episode)
+        rewards = self.args.beta * (answer_log_probs(outputs.logits, labels).sum(-1) - expected)
+        is_pair = ~written[:, :-1] & labels[:, :-1].ne(-100).any(-1)
+        chosen, rejected = rewards[:, 1:][is_pair], rewards[:, :-1][is_pair]
+        loss = preference_loss(chosen, rejected, self.args.loss_type).sum() / is_pair.sum().clamp(min=1)
+        loss = with_router_loss(loss, outputs, self.model)
+        margins = (chosen - rejected).detach()
+        if model.training and len(margins):
+            self._measured.append(torch.stack([(margins > 0).float().mean(), margins.float().mean()]))
+        outputs = {"chosen_rewards": chosen.detach(), "rejected_rewards": rejected.detach()}
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self._measured and "loss" in logs:
+            accuracy, margin = torch.stack(self._measured).mean(0).tolist()
+            logs |= {"accuracy": round(accuracy, 4), "margin": round(margin, 4)}
+            self._measured.clear()
+        super().log(logs, *args, **kwargs)

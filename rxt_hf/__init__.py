@@ -30,13 +30,14 @@ __all__ = [
     "STMCache",
     "StateError",
     "__version__",
+    "send_batch",
 ]
 
 
 def __getattr__(name: str):
     # applications, conversion and the like are imported at their first use; who only loads a model does not pay
-    if name == "RxTSession":
-        return import_module(".session", __name__).RxTSession
+    if name in ("RxTSession", "send_batch"):
+        return getattr(import_module(".session", __name__), name)
     if name in ("chat_template", "convert", "graphs", "hub", "presets", "session"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

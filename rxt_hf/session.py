@@ -1,6 +1,7 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """One conversation: a model, a tokenizer, a memory, and the log of what was written into it."""
 
+import asyncio
 import base64
 import contextlib
 import hashlib
@@ -8,16 +9,18 @@ import json
 import os
 import threading
 from array import array
-from collections.abc import Generator, Iterable
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList, TextStreamer
 from transformers.utils import logging
 
-from .cache_rxt import StateError, STMCache, as_stm_cache, write_atomically
+from .cache_rxt import PendingSTMCache, StateError, STMCache, as_stm_cache, write_atomically
+from .generation_rxt import interaction_mask
 from .modeling_rxt import RxTForCausalLM
 
 logger = logging.get_logger(__name__)
@@ -89,7 +92,8 @@ class RxTSession:
         self.tokenizer = tokenizer
         self.generate_defaults = generate_defaults
         self._lock = threading.Lock()
-        self._busy_thread: int | None = None
+        # those that have a turn here or wait for one
+        self._threads: set[int] = set()
         memory = _own_memory(model, stm_cache)
         if system is not None:
             memory = self._write(memory, self._encode("system", system).tolist())
@@ -126,13 +130,15 @@ class RxTSession:
             answer, self._state = self._generate(text, prompt, kwargs)
         return answer
 
-    def stream(self, text: str, **generate_kwargs: Any) -> Generator[str, None, None]:
+    def stream(self, text: str, **generate_kwargs: Any) -> "AnswerStream":
         """
-        As `send`, but the answer comes in pieces while a thread generates it; joined, they are the answer. The turn
-        counts once the iterator has ended; closing it before cancels the turn. An error is raised at the iterator.
+        As `send`, but the answer comes in pieces while a thread generates it; joined, they are the answer. Both
+        `for` and `async for` take it; the latter never blocks its event loop while it waits. The turn counts once the
+        iterator has ended; closing it before cancels the turn, and so does cancelling the task that waits for a
+        piece. An error is raised at the iterator.
         """
         prompt, kwargs = self._prepare(text, generate_kwargs)
-        return self._stream(text, prompt, kwargs)
+        return AnswerStream(self._stream(text, prompt, kwargs))
 
     def fork(self) -> "RxTSession":
         """An independent session that goes on from here; model and tokenizer are shared."""
@@ -259,16 +265,21 @@ class RxTSession:
 
     @contextlib.contextmanager
     def _one_turn(self) -> Generator[None, None, None]:
-        """Waits for other threads; the thread that streams a turn would wait for itself, so it gets an error."""
+        """Waits for other threads."""
+        with self._only_turn_of_thread(), self._lock:
+            yield
+
+    @contextlib.contextmanager
+    def _only_turn_of_thread(self) -> Generator[None, None, None]:
+        """The thread that streams a turn would wait for itself, so it gets an error."""
         thread = threading.get_ident()
-        if self._busy_thread == thread:
+        if thread in self._threads:
             raise RuntimeError("A turn of this session is being streamed: finish or close its iterator first.")
-        with self._lock:
-            self._busy_thread = thread
-            try:
-                yield
-            finally:
-                self._busy_thread = None
+        self._threads.add(thread)
+        try:
+            yield
+        finally:
+            self._threads.discard(thread)
 
     def _settle(self) -> _State:
         """Waits for an asynchronous write; one that failed takes its turn back, and its error is raised."""
@@ -292,22 +303,29 @@ class RxTSession:
         answer = _decode(self.tokenizer, token_ids[prompt.shape[1] :])
         if output.stm_cache is state.memory:
             return answer, state
-        log = (*state.log, _Interaction(text, answer, array("i", token_ids)))
-        return answer, _State(state.base, output.stm_cache, log, previous=state.memory)
+        return answer, _after_turn(state, output.stm_cache, _Interaction(text, answer, array("i", token_ids)))
 
-    def _stream(self, text: str, prompt: torch.Tensor, kwargs: dict[str, Any]) -> Generator[str, None, None]:
-        streamer = TextIteratorStreamer(
-            self.tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        cancel = _Cancel()
+    def _stream(self, text: str, prompt: torch.Tensor, kwargs: dict[str, Any]) -> Generator[Future, None, None]:
+        """Generates in a thread and yields what to wait for next, so that threads and event loops can wait alike."""
+        pieces, cancel = _Pieces(self.tokenizer), _Cancel()
         criteria = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), cancel])
-        kwargs = {**kwargs, "streamer": streamer, "stopping_criteria": criteria}
-        with self._one_turn(), ThreadPoolExecutor(max_workers=1) as executor:
-            future = executor.submit(self._generate, text, prompt, kwargs)
-            # an error in generate would end without the streamer's own signal
-            future.add_done_callback(lambda _: streamer.text_queue.put(streamer.stop_signal))
+        kwargs = {**kwargs, "streamer": pieces, "stopping_criteria": criteria}
+
+        def turn() -> tuple[str, _State]:
+            while not self._lock.acquire(timeout=0.05):
+                cancel.check()
+            release.callback(self._lock.release)
+            return self._generate(text, prompt, kwargs)
+
+        with (
+            self._only_turn_of_thread(),
+            contextlib.ExitStack() as release,
+            ThreadPoolExecutor(max_workers=1) as executor,
+        ):
+            future = executor.submit(turn)
+            future.add_done_callback(lambda _: pieces.append(None))
             try:
-                yield from filter(None, streamer)
+                yield from pieces.arriving()
                 self._state = future.result()[1]
             finally:
                 cancel.requested.set()
@@ -324,16 +342,206 @@ class RxTSession:
         return _State(base, self._write(base, (turn.token_ids for turn in log)), log)
 
 
+class AnswerStream(Iterator[str], AsyncIterator[str]):
+    """
+    The pieces of one answer, as [`RxTSession.stream`] gives them, for `for` or `async for`. An iteration that is left
+    early should end with `close` or `aclose` (`contextlib.closing`, `contextlib.aclosing`): a stream that is only
+    dropped is closed too, but `async for` then waits for one token without its event loop.
+    """
+
+    def __init__(self, arriving: Generator[Future, None, None]):
+        self._arriving = arriving
+
+    def __next__(self) -> str:
+        for future in self._arriving:
+            try:
+                piece = future.result()
+            except BaseException:
+                # the user's interrupt: it cancels the turn
+                self.close()
+                raise
+            if piece is not None:
+                return piece
+        raise StopIteration
+
+    async def __anext__(self) -> str:
+        for future in self._arriving:
+            try:
+                piece = await asyncio.shield(asyncio.wrap_future(future))
+            except asyncio.CancelledError:
+                await self.aclose()
+                raise
+            if piece is not None:
+                return piece
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        """Cancels a turn that has not ended; its thread has ended when this returns."""
+        self._arriving.close()
+
+    async def aclose(self) -> None:
+        """As `close`. Cancelling this wait does not keep the turn from being cancelled."""
+        await asyncio.to_thread(self._arriving.close)
+
+
+class _Pieces(TextStreamer):
+    """Each piece of a growing answer as a future; `None` is the end of the turn, its memory write included."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self._futures: list[Future] = [Future()]
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self.append(text)
+
+    def append(self, piece: str | None) -> None:
+        self._futures.append(Future())
+        self._futures[-2].set_result(piece)
+
+    def arriving(self) -> Generator[Future, None, None]:
+        for future in self._futures:
+            yield future
+            if future.result() is None:
+                return
+
+
 class _Cancel(StoppingCriteria):
     """Ends `generate` by an exception, so that a cancelled turn computes no memory write."""
 
     def __init__(self) -> None:
         self.requested = threading.Event()
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def check(self) -> None:
         if self.requested.is_set():
             raise CancelledError("The turn was cancelled.")
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        self.check()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def send_batch(sessions: Sequence[RxTSession], texts: Sequence[str], **generate_kwargs: Any) -> list[str]:
+    r"""
+    One turn of each of many sessions in one `generate`. Greedy answers are those of separate `send`s, and so are the
+    memories but for rounding; each row keeps the `max_new_tokens` that it would have alone, whatever room the others'
+    queries leave. All sessions take their turn, or none does.
+
+    Args:
+        sessions (`Sequence[RxTSession]`): different ones, on one model object and with equal tokenizers.
+        texts (`Sequence[str]`): one for each session.
+        generate_kwargs (*optional*): as in [`RxTSession.send`]. What the sessions' own defaults say must agree, except
+            for `max_new_tokens`.
+
+    Returns: the answers, in the order of `sessions`.
+
+    Raises: what [`RxTSession.send`] raises, and `ValueError` for sessions that cannot be a batch.
+    """
+    sessions, texts = list(sessions), list(texts)
+    _check_batch(sessions, texts)
+    prompts, kwargs = [], []
+    for session, text in zip(sessions, texts, strict=True):
+        prompt, row_kwargs = session._prepare(text, generate_kwargs)
+        prompts.append(prompt[0])
+        kwargs.append(row_kwargs)
+    limits = [row_kwargs.pop("max_new_tokens") for row_kwargs in kwargs]
+    for row_kwargs in kwargs[1:]:
+        if row_kwargs != kwargs[0]:
+            raise ValueError(f"send_batch needs equal defaults for generate, got {kwargs[0]} and {row_kwargs}.")
+    with contextlib.ExitStack() as turns:
+        # in one order for all callers, so that two of them never wait for each other
+        for session in sorted(sessions, key=id):
+            turns.enter_context(session._one_turn())
+        states = [session._settle() for session in sessions]
+        memory = STMCache.cat([state.memory for state in states])
+        model, (ids, mask) = sessions[0].model, _left_padded(prompts, sessions[0].tokenizer.pad_token_id or 0)
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, stm_cache=memory, max_new_tokens=max(limits), **kwargs[0]
+        )
+        if len(output.sequences) != len(sessions):
+            raise ValueError(f"send_batch takes one answer a session, got {len(output.sequences)} sequences.")
+        written = _written_mask(model, output.sequences, mask, kwargs[0])
+        answers, after = [], []
+        for row, (session, state) in enumerate(zip(sessions, states, strict=True)):
+            token_ids = output.sequences[row][written[row]].tolist()
+            length, start = len(token_ids), len(prompts[row])
+            del token_ids[start + limits[row] :]
+            answers.append(_decode(session.tokenizer, token_ids[start:]))
+            if output.stm_cache is not memory:
+                # a row that went on beyond its own room, while the others still spoke, is written again without that
+                is_cut = len(token_ids) < length
+                new = session._write(state.memory, [token_ids]) if is_cut else _row_of(output.stm_cache, row)
+                state = _after_turn(state, new, _Interaction(texts[row], answers[row], array("i", token_ids)))
+            after.append(state)
+        for session, state in zip(sessions, after, strict=True):
+            session._state = state
+    return answers
+
+
+def _check_batch(sessions: list[RxTSession], texts: list[str]) -> None:
+    if not sessions or len(sessions) != len(texts):
+        raise ValueError(
+            f"send_batch needs a text for each session, got {len(sessions)} sessions, {len(texts)} texts."
+        )
+    if len({id(session) for session in sessions}) < len(sessions):
+        raise ValueError("send_batch got a session twice: one session takes one turn after the other.")
+    if any(session.model is not sessions[0].model for session in sessions):
+        raise ValueError("send_batch needs sessions on one model object.")
+    tokenizers = {id(session.tokenizer): session.tokenizer for session in sessions}
+    if len(tokenizers) > 1 and len({tokenizer_fingerprint(each) for each in tokenizers.values()}) > 1:
+        raise ValueError("send_batch needs equal tokenizers, got some with different fingerprints.")
+
+
+def _left_padded(rows: list[torch.Tensor], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask of (rows, longest row)."""
+    mask = [torch.ones_like(row) for row in rows]
+    return (
+        pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side="left"),
+        pad_sequence(mask, batch_first=True, padding_side="left"),
+    )
+
+
+def _written_mask(
+    model: Any, sequences: torch.Tensor, prompt_mask: torch.Tensor, kwargs: dict[str, Any]
+) -> torch.Tensor:
+    """True at the tokens that `generate` with these arguments writes into the memory."""
+    kwargs = dict(kwargs)
+    config, _ = model._prepare_generation_config(kwargs.pop("generation_config", None), **kwargs)
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    may_fill = len(sequences) > 1 and (kwargs.get("stopping_criteria") or config.stop_strings)
+    fill = config.pad_token_id if may_fill else None
+    return interaction_mask(sequences, prompt_mask, [end for end in ends if end is not None], fill).bool()
+
+
+def _row_of(batch: STMCache, row: int) -> STMCache:
+    return _PendingRow(batch, row) if isinstance(batch, PendingSTMCache) else batch.select(row)
+
+
+class _PendingRow(PendingSTMCache):
+    """One row of a batch that is still being written, cut out at its first use: then it no longer keeps the others."""
+
+    def __init__(self, batch: PendingSTMCache, row: int):
+        self._row = row
+        # one of the two is set
+        self._batch: Any = batch
+        self._written: Any = None
+
+    def wait(self, timeout_s: float | None = None) -> STMCache:
+        # read before what was written is: whoever finds no batch here finds the row there
+        batch = self._batch
+        if self._written is None:
+            self._written = batch.wait(timeout_s).select(self._row)
+        self._batch = None
+        return self._written
+
+    @property
+    def is_pending(self) -> bool:
+        batch = self._batch
+        return batch is not None and batch.is_pending
+
+
+def _after_turn(state: _State, memory: STMCache, interaction: _Interaction) -> _State:
+    return _State(state.base, memory, (*state.log, interaction), previous=state.memory)
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -404,4 +612,4 @@ def _logged_turns(log: dict[str, Any], model: RxTForCausalLM) -> tuple[_Interact
     return turns
 
 
-__all__ = ["RxTSession", "tokenizer_fingerprint"]
+__all__ = ["AnswerStream", "RxTSession", "send_batch", "tokenizer_fingerprint"]

@@ -1,14 +1,22 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+import asyncio
+import contextlib
 import copy
+import gc
 import json
+import signal
+import sys
 import threading
+import time
 
 import pytest
 import torch
+from transformers import StoppingCriteria, TextStreamer
 
 from rxt_hf import RxTConfig, RxTForCausalLM, StateError, STMCache
+from rxt_hf.cache_rxt import PendingSTMCache
 from rxt_hf.chat_template import train_tokenizer
-from rxt_hf.session import RxTSession, tokenizer_fingerprint
+from rxt_hf.session import RxTSession, send_batch, tokenizer_fingerprint
 
 CONTEXT = 96
 TEXTS = ["My dog is called Rex. What is my dog called? You live in Oslo.\n"] * 8
@@ -291,10 +299,11 @@ def test_undo_of_the_last_turn_computes_nothing(session, model, monkeypatch):
     assert unchanged(session, memory, turns=1)
 
 
-def test_padding_that_the_model_says_is_written_and_logged_like_any_token(session):
-    def only_padding(input_ids, scores):
-        return torch.full_like(scores, -float("inf")).index_fill(1, torch.tensor([0]), 0.0)
+def only_padding(input_ids, scores):
+    return torch.full_like(scores, -float("inf")).index_fill(1, torch.tensor([0]), 0.0)
 
+
+def test_padding_that_the_model_says_is_written_and_logged_like_any_token(session):
     assert session.send("one", eos_token_id=None, logits_processor=[only_padding]) == ""
     assert session._state.log[0].token_ids[-6:].tolist() == [0] * 6
     assert same(session._replayed(session._state.log).memory, session.stm_cache)
@@ -467,3 +476,490 @@ def test_state_keeps_its_size_over_many_turns(session):
         session.send(f"turn {turn}", max_new_tokens=1)
     assert session.stm_cache.nbytes == size
     assert session.turns == 30
+
+
+class Held:
+    """A logits processor that lets the test decide when the next token comes."""
+
+    def __init__(self, tokens_before=2):
+        self.asked, self.gate, self.left = threading.Event(), threading.Event(), tokens_before
+
+    def __call__(self, input_ids, scores):
+        self.left -= 1
+        if self.left < 0:
+            self.asked.set()
+            self.was_released = self.gate.wait(20)
+        return scores
+
+
+def in_thread(call):
+    return asyncio.get_running_loop().run_in_executor(None, call)
+
+
+async def joined(pieces):
+    return "".join([piece async for piece in pieces])
+
+
+def test_stream_is_an_asynchronous_iterator_too(session):
+    other = session.fork()
+    answer = other.send("hello", max_new_tokens=40)
+    pieces = session.stream("hello", max_new_tokens=40)
+    assert asyncio.run(joined(pieces)) == answer
+    assert same(session.stm_cache, other.stm_cache)
+    assert session.history == other.history
+    assert asyncio.run(joined(pieces)) == ""
+
+
+@pytest.mark.parametrize("held", ["token", "write"])
+def test_event_loop_runs_while_a_stream_waits_for_a_token_or_for_the_write(session, model, monkeypatch, held):
+    token, write, written = Held(), model.update_memory, threading.Event()
+    monkeypatch.setattr(model, "update_memory", lambda *args: written.wait(20) and write(*args))
+    (token.gate if held == "write" else written).set()
+
+    async def talk():
+        answer = asyncio.create_task(joined(session.stream("hello", logits_processor=[token])))
+        # a loop that waits for the answer itself never gets here
+        await asyncio.sleep(0.1)
+        assert session.turns == 0
+        token.gate.set()
+        written.set()
+        return await answer
+
+    assert asyncio.run(talk()) == session.history[0]["answer"]
+    assert token.was_released
+    assert session.turns == 1
+
+
+def test_event_loop_runs_while_a_stream_waits_for_another_threads_turn(session):
+    held = Held()
+
+    async def talk():
+        first = in_thread(lambda: session.send("one", logits_processor=[held]))
+        await in_thread(held.asked.wait)
+        second = asyncio.create_task(joined(session.stream("two")))
+        await asyncio.sleep(0.1)
+        held.gate.set()
+        return [await first, await second]
+
+    assert asyncio.run(talk()) == [turn["answer"] for turn in session.history]
+    assert held.was_released
+
+
+def test_stream_that_waits_for_another_threads_turn_can_be_cancelled(session):
+    held = Held()
+
+    async def talk():
+        first = in_thread(lambda: session.send("one", logits_processor=[held]))
+        await in_thread(held.asked.wait)
+        second = asyncio.create_task(joined(session.stream("two")))
+        await asyncio.sleep(0.1)
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(asyncio.shield(second), 10)
+        assert not first.done()
+        held.gate.set()
+        await first
+
+    asyncio.run(talk())
+    assert [turn["query"] for turn in session.history] == ["one"]
+    session.send("three")
+
+
+def test_sessions_streamed_together_in_one_loop_equal_their_solo_runs(session):
+    solo = {name: session.fork() for name in "abcde"}
+    expected = {name: [fork.send(f"{name} {turn}") for turn in range(3)] for name, fork in solo.items()}
+    together = {name: session.fork() for name in solo}
+
+    async def talk(name):
+        return [await joined(together[name].stream(f"{name} {turn}")) for turn in range(3)]
+
+    async def all_talk():
+        return dict(zip(together, await asyncio.gather(*map(talk, together)), strict=True))
+
+    assert asyncio.run(all_talk()) == expected
+    for name in solo:
+        assert same(solo[name].stm_cache, together[name].stm_cache)
+
+
+def test_cancelled_task_cancels_its_turn_and_its_thread(session, caplog):
+    memory, held, before = session.stm_cache, Held(), set(threading.enumerate())
+
+    async def talk():
+        task = asyncio.create_task(joined(session.stream("hello", eos_token_id=None, logits_processor=[held])))
+        await in_thread(held.asked.wait)
+        task.cancel()
+        # a loop that waits for the thread itself never gets here
+        await asyncio.sleep(0.1)
+        held.gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await joined(session.stream("two"))
+
+    asyncio.run(talk())
+    assert [turn["query"] for turn in session.history] == ["two"]
+    assert memory.turns == 0
+    assert held.was_released
+    assert "exception" not in caplog.text
+    assert set(threading.enumerate()) == before
+
+
+def test_task_cancelled_twice_leaves_no_turn_behind(session):
+    held = Held()
+
+    async def talk():
+        task = asyncio.create_task(joined(session.stream("hello", logits_processor=[held])))
+        await in_thread(held.asked.wait)
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0.05)
+        assert task.cancelled()
+        held.gate.set()
+        return await in_thread(lambda: session.send("two"))
+
+    asyncio.run(talk())
+    assert held.was_released
+    assert [turn["query"] for turn in session.history] == ["two"]
+    session.send("three")
+
+
+def test_asynchronous_stream_that_is_left_early_is_cancelled_by_aclose(session):
+    memory = session.stm_cache
+
+    async def talk():
+        async with contextlib.aclosing(session.stream("hello", max_new_tokens=80, eos_token_id=None)) as pieces:
+            async for _ in pieces:
+                break
+        return [piece async for piece in pieces]
+
+    assert asyncio.run(talk()) == []
+    assert unchanged(session, memory)
+    session.send("hello")
+
+
+def test_stream_that_is_dropped_in_the_middle_is_cancelled(session):
+    memory = session.stm_cache
+    for _ in session.stream("hello", max_new_tokens=80, eos_token_id=None):
+        break
+    gc.collect()
+    session.send("hello", update_memory=False)
+    assert unchanged(session, memory)
+
+
+def test_asynchronous_stream_raises_the_error_of_generate(session):
+    memory = session.stm_cache
+    with pytest.raises(ValueError, match="eam"):
+        asyncio.run(joined(session.stream("hello", num_beams=2)))
+    assert unchanged(session, memory)
+
+
+def test_second_turn_from_the_loop_of_a_stream_is_refused(session):
+    async def talk():
+        pieces = session.stream("hello")
+        await anext(pieces)
+        with pytest.raises(RuntimeError, match="being streamed"):
+            session.send("hi")
+        with pytest.raises(RuntimeError, match="being streamed"):
+            await joined(session.stream("hi"))
+        await joined(pieces)
+
+    asyncio.run(talk())
+    assert [turn["query"] for turn in session.history] == ["hello"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pthread_kill")
+def test_interrupt_while_a_piece_is_awaited_cancels_the_turn(session):
+    memory, held = session.stm_cache, Held()
+
+    def interrupt():
+        held.asked.wait(20)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.05)
+        held.gate.set()
+
+    threading.Thread(target=interrupt).start()
+    pieces = session.stream("hello", logits_processor=[held])
+    with pytest.raises(KeyboardInterrupt):
+        list(pieces)
+    assert list(pieces) == []
+    assert unchanged(session, memory)
+    session.send("hello")
+
+
+QUERIES = ["hello", "What is my dog called? You live in Oslo. My dog is called Rex.", "日本 é 😀"]
+
+
+def aged(session):
+    """Sessions with memories of zero, one and two turns."""
+    sessions = [session.fork() for _ in QUERIES]
+    for age, each in enumerate(sessions):
+        for turn in range(age):
+            each.send(f"{age} {turn}")
+    return sessions
+
+
+def close_to(session, other, tolerance=1e-5):
+    assert session.history == other.history
+    assert [turn.token_ids for turn in session._state.log] == [turn.token_ids for turn in other._state.log]
+    assert session.turns == other.turns
+    torch.testing.assert_close(session.stm_cache.states, other.stm_cache.states, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("update_memory", [True, "async"])
+def test_batch_equals_separate_sends_of_sessions_of_different_ages(session, update_memory):
+    batch, alone = aged(session), aged(session)
+    expected = [each.send(query, max_new_tokens=20) for each, query in zip(alone, QUERIES, strict=True)]
+    assert send_batch(batch, QUERIES, max_new_tokens=20, update_memory=update_memory) == expected
+    for one, other in zip(batch, alone, strict=True):
+        close_to(one, other)
+
+
+def test_many_batches_with_undo_and_forget_differ_from_separate_sends_by_rounding_alone(tokenizer):
+    # in float32 this random model doubles a difference with every turn
+    batch = aged(RxTSession(random_model(tokenizer).double(), tokenizer, max_new_tokens=20))
+    alone = [each.fork() for each in batch]
+    for turn in range(3):
+        texts = [f"{query} {turn}" for query in QUERIES]
+        expected = [each.send(text) for each, text in zip(alone, texts, strict=True)]
+        assert send_batch(batch, texts) == expected
+    for undo in (True, False):
+        for one, other in zip(batch, alone, strict=True):
+            for each in (one, other):
+                each.undo() if undo else each.forget(0)
+            close_to(one, other, 1e-10)
+
+
+def test_batch_is_one_generate(session, model, monkeypatch):
+    calls, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **kwargs: calls.append(kwargs) or generate(**kwargs))
+    send_batch(aged(session), QUERIES)
+    assert len(calls) == 3 + 1
+    assert len(calls[-1]["input_ids"]) == len(QUERIES)
+
+
+def test_answers_of_a_batch_end_at_their_own_end_token_and_the_log_has_no_padding(session):
+    batch, alone = aged(session), aged(session)
+    # tokens that the answers hold at different places, and not all of them
+    ends = [245, 94]
+    expected = [
+        each.send(query, max_new_tokens=20, eos_token_id=ends) for each, query in zip(alone, QUERIES, strict=True)
+    ]
+    assert send_batch(batch, QUERIES, max_new_tokens=20, eos_token_id=ends) == expected
+    lengths = set()
+    for one, other in zip(batch, alone, strict=True):
+        close_to(one, other)
+        token_ids = one._state.log[-1].token_ids
+        lengths.add(len(token_ids))
+        assert token_ids[-1] in ends
+        assert 0 not in token_ids
+        assert one._replayed(one._state.log).memory.states.allclose(one.stm_cache.states, rtol=1e-4, atol=1e-4)
+    assert len(lengths) == len(QUERIES)
+
+
+def test_padding_that_the_model_says_in_a_batch_is_written_and_logged_like_any_token(session):
+    batch, alone, kwargs = aged(session), aged(session), {"eos_token_id": None, "logits_processor": [only_padding]}
+    send_batch(batch, QUERIES, **kwargs)
+    for one, other, query in zip(batch, alone, QUERIES, strict=True):
+        other.send(query, **kwargs)
+        close_to(one, other)
+
+
+class StopsRowOne(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        self.steps = getattr(self, "steps", 0) + 1
+        return torch.tensor([row == 1 and self.steps == 3 for row in range(len(input_ids))])
+
+
+def test_row_that_another_criterion_ended_is_logged_without_its_filling(session):
+    batch = aged(session)
+    send_batch(batch, QUERIES, max_new_tokens=9, stopping_criteria=[StopsRowOne()])
+    for row, (one, query) in enumerate(zip(batch, QUERIES, strict=True)):
+        token_ids = one._state.log[-1].token_ids
+        assert len(token_ids) == one._encode("user", query).shape[1] + (3 if row == 1 else 9)
+        assert one._replayed(one._state.log).memory.states.allclose(one.stm_cache.states, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("update_memory", [True, "async", False])
+def test_long_query_of_a_batch_cuts_its_own_answer_and_no_other(session, update_memory):
+    batch, texts = aged(session), ["hello", "7" * (CONTEXT - 16 - 3), "hi"]
+    alone = [each.fork() for each in batch]
+    kwargs = {"max_new_tokens": 40, "eos_token_id": None, "update_memory": update_memory}
+    expected = [each.send(text, **kwargs) for each, text in zip(alone, texts, strict=True)]
+    assert send_batch(batch, texts, **kwargs) == expected
+    for one, other in zip(batch, alone, strict=True):
+        close_to(one, other)
+    if update_memory:
+        assert [len(each._state.log[-1].token_ids) for each in batch] == [7 + 40, CONTEXT, 5 + 40]
+
+
+def test_each_session_of_a_batch_keeps_its_own_default_of_max_new_tokens(session):
+    batch = aged(session)
+    for new_tokens, each in enumerate(batch, start=2):
+        each.generate_defaults["max_new_tokens"] = new_tokens
+    alone = [each.fork() for each in batch]
+    expected = [each.send(q, eos_token_id=None) for each, q in zip(alone, QUERIES, strict=True)]
+    assert send_batch(batch, QUERIES, eos_token_id=None) == expected
+    for one, other in zip(batch, alone, strict=True):
+        close_to(one, other)
+
+
+def test_batch_without_memory_update_leaves_no_trace(session):
+    batch = aged(session)
+    before = [each._state for each in batch]
+    expected = [each.send(q, update_memory=False) for each, q in zip(batch, QUERIES, strict=True)]
+    assert send_batch(batch, QUERIES, update_memory=False) == expected
+    assert all(each._state is state for each, state in zip(batch, before, strict=True))
+
+
+def test_asynchronous_batch_returns_before_its_write_and_each_row_waits(session, model, monkeypatch):
+    batch, alone, gate, write = aged(session), aged(session), threading.Event(), model.update_memory
+    expected = [each.send(q) for each, q in zip(alone, QUERIES, strict=True)]
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "update_memory", lambda *args: gate.wait(20) and write(*args))
+        assert send_batch(batch, QUERIES, update_memory="async") == expected
+        for each in batch:
+            assert isinstance(each.stm_cache, PendingSTMCache)
+            assert each.stm_cache.is_pending
+        gate.set()
+        for one, other in zip(batch, alone, strict=True):
+            close_to(one, other)
+            assert not one.stm_cache.is_pending
+            assert len(one.stm_cache) == 1
+    # a row that somebody has used holds no other
+    assert [each.stm_cache._batch for each in batch] == [None] * 3
+    send_batch(batch, QUERIES, update_memory="async")
+    assert [each.turns for each in batch] == [2, 3, 4]
+
+
+def test_failed_asynchronous_write_of_a_batch_takes_every_turn_back(session, model, monkeypatch):
+    batch = aged(session)
+    before = [each.stm_cache for each in batch]
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "update_memory", lambda *args: 1 / 0)
+        send_batch(batch, QUERIES, update_memory="async")
+        for each in batch:
+            with pytest.raises(ZeroDivisionError):
+                each.send("next")
+    for age, (each, memory) in enumerate(zip(batch, before, strict=True)):
+        assert unchanged(each, memory, turns=age)
+
+
+def not_finite(*args, **kwargs):
+    raise StateError("not finite")
+
+
+def other_tokenizer(session):
+    session = session.fork()
+    session.tokenizer = copy.deepcopy(session.tokenizer)
+    session.tokenizer.add_tokens(["new"])
+    return session
+
+
+def other_defaults(session):
+    session = session.fork()
+    session.generate_defaults["do_sample"] = True
+    return session
+
+
+def other_model(session):
+    return RxTSession(random_model(session.tokenizer, seed=1), session.tokenizer)
+
+
+@contextlib.contextmanager
+def raises_and_changes_nothing(sessions, error, match):
+    before = [each._state for each in sessions]
+    with pytest.raises(error, match=match):
+        yield
+    assert all(each._state is state for each, state in zip(sessions, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "choose, texts, match",
+    [
+        (lambda a, b, c: [], [], "0 sessions"),
+        (lambda a, b, c: [a, b, c], QUERIES[:2], "3 sessions, 2 texts"),
+        (lambda a, b, c: [a, b, a], QUERIES, "twice"),
+        (lambda a, b, c: [a, b, other_model(c)], QUERIES, "one model object"),
+        (lambda a, b, c: [a, b, other_tokenizer(c)], QUERIES, "equal tokenizers"),
+        (lambda a, b, c: [a, b, other_defaults(c)], QUERIES, "equal defaults.*do_sample"),
+        (lambda a, b, c: [a, b, c], ["a", "b", " "], "empty"),
+        (lambda a, b, c: [a, b, c], ["a", "b", "7" * 1000], "1003 tokens"),
+    ],
+)
+def test_sessions_or_texts_that_are_no_batch_are_refused_and_unchanged(session, choose, texts, match):
+    everyone = aged(session)
+    with raises_and_changes_nothing(everyone, ValueError, match):
+        send_batch(choose(*everyone), texts)
+    for each in everyone:
+        each.send("hello")
+
+
+def test_batch_with_a_session_that_is_being_streamed_is_refused_and_changes_none(session):
+    batch = aged(session)
+    with contextlib.closing(batch[1].stream("hello")) as pieces:
+        next(pieces)
+        with raises_and_changes_nothing(batch, RuntimeError, "being streamed"):
+            send_batch(batch, QUERIES)
+    send_batch(batch, QUERIES)
+
+
+@pytest.mark.parametrize(
+    "kwargs, match",
+    [({"do_sample": True, "num_return_sequences": 2}, "6 sequences"), ({"streamer": "text"}, "batch size 1")],
+)
+def test_batch_whose_generate_fails_changes_no_session(session, tokenizer, kwargs, match):
+    batch = aged(session)
+    kwargs = {name: TextStreamer(tokenizer) if value == "text" else value for name, value in kwargs.items()}
+    with raises_and_changes_nothing(batch, ValueError, match):
+        send_batch(batch, QUERIES, **kwargs)
+
+
+@pytest.mark.parametrize("rows", [3, 1])
+def test_batch_whose_memory_write_fails_changes_no_session(session, model, monkeypatch, rows):
+    batch, write = aged(session), model.update_memory
+    monkeypatch.setattr(model, "update_memory", lambda *a: not_finite() if len(a[1]) == rows else write(*a))
+    # the last row runs beyond its room, and so is written again, alone
+    texts = ["hello", "hi", "7" * (CONTEXT - 16 - 3)]
+    with raises_and_changes_nothing(batch, StateError, "not finite"):
+        send_batch(batch, texts, max_new_tokens=40, eos_token_id=None)
+
+
+def test_sessions_with_equal_tokenizers_are_a_batch(session, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    batch = aged(session)
+    batch[1].tokenizer = type(tokenizer).from_pretrained(tmp_path)
+    assert len(send_batch(batch, QUERIES)) == 3
+
+
+def test_batches_of_one_session_equal_send_bit_for_bit(session):
+    other = session.fork()
+    for query in QUERIES:
+        assert send_batch([session], [query]) == [other.send(query)]
+    assert same(session.stm_cache, other.stm_cache)
+
+
+class SlowLock:
+    """Gives the other thread time to take the lock that this one wants next."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __enter__(self):
+        self.lock.acquire()
+        time.sleep(0.1)
+
+    def __exit__(self, *_):
+        self.lock.release()
+
+
+def test_batches_of_the_same_sessions_in_two_threads_never_wait_for_each_other(session):
+    batch = aged(session)
+    for each in batch:
+        each._lock = SlowLock()
+    orders = [(batch, QUERIES), (batch[::-1], QUERIES)]
+    threads = [threading.Thread(target=send_batch, args=order, daemon=True) for order in orders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    assert [each.turns for each in batch] == [2, 3, 4]

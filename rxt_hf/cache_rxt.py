@@ -35,10 +35,11 @@ except ImportError:  # Windows: concurrent saves to one path are not serialised 
 
 
 FORMAT = "rxt_hf.STMCache"
-FORMAT_VERSION = "1"
+FORMAT_VERSION, INT8_FORMAT_VERSION = "1", "2"
 # A real header has about 400 bytes. The limit also bounds the depth and the time of the JSON parser.
 MAX_HEADER_BYTES = 4096
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED_DTYPES = FILE_DTYPES | {"I64": torch.int64, "I8": torch.int8}
 DIMENSIONS = "(batch_size, num_memory_layers, num_memory_slots, hidden_size)"
 
 
@@ -180,23 +181,38 @@ class STMCache:
         """The memory with other states, and other turns if given; the fingerprint stays."""
         return STMCache(states, self.turns if turns is None else turns, self.fingerprint)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """
         Writes one safetensors file. Whatever interrupts it (an error, a full disk, a killed process), `path` holds
         either the former file or the new one, complete. What a killed save left behind goes with the next save.
 
+        Args:
+            path: The file.
+            dtype (`torch.dtype`, *optional*): How the states are stored: as they are by default, or in `float32`,
+                `float16` or `bfloat16`, which `load` then gives back, or in `int8` with one scale for each slot:
+
+                    scale = max|slot| / 127,  code = round(slot / scale)
+
+                which `load` gives back in the dtype that they have now, each number to within about half a scale.
+                What has been through such a file once goes through it again without any loss.
+
         Raises:
-            `StateError`: if the states are empty, not finite, or neither float32, float16 nor bfloat16.
+            `StateError`: if the states are empty, not finite (in `dtype`), or neither float32, float16 nor bfloat16.
         """
         states, turns = self.states.detach().cpu(), self.turns.cpu()
+        as_int8 = dtype is torch.int8
+        if dtype is not None and not as_int8:
+            states = states.to(dtype)
         names = {dtype: name for name, dtype in FILE_DTYPES.items()}
         if states.dtype not in names:
             raise StateError(f"Cannot save states of {states.dtype}, expected one of {list(names)}.")
         if states.numel() == 0:
             raise StateError(f"Cannot save empty states of shape {tuple(states.shape)}.")
         _check_numbers("Cannot save the memory", states, turns)
-        body = [tensor.reshape(-1).view(torch.uint8).numpy() for tensor in (turns, states)]
-        header = _Header(names[states.dtype], tuple(states.shape), self.fingerprint).with_checksum(*body)
+        header = _Header(names[states.dtype], tuple(states.shape), self.fingerprint, as_int8)
+        tensors = (turns, *_to_int8(states)) if as_int8 else (turns, states)
+        body = [tensor.reshape(-1).view(torch.uint8).numpy() for tensor in tensors]
+        header = header.with_checksum(*body)
         raw = header.to_bytes()
         if len(raw) > MAX_HEADER_BYTES:
             raise StateError(f"Cannot save a header of {len(raw)} bytes, limit {MAX_HEADER_BYTES}: long fingerprint.")
@@ -205,8 +221,8 @@ class STMCache:
     @classmethod
     def load(cls, path: str | os.PathLike, model: Any = None, device: torch.device | str | None = None) -> "STMCache":
         """
-        Reads a file written by `save`, bit-identical and in its dtype. Nothing in the file is ever executed, and
-        nothing of its claimed size is allocated before the claim agrees with the size of the file.
+        Reads a file written by `save`, bit-identical and in its dtype (for int8: see there). Nothing in the file is
+        ever executed, and nothing of its claimed size is allocated before the claim agrees with the size of the file.
 
         Args:
             path: The file.
@@ -227,9 +243,14 @@ class STMCache:
             body = bytearray(header.num_bytes)
             _expect(path, "the number of bytes read", file.readinto(body), len(body))
         _expect(path, "the checksum", header.with_checksum(body).checksum, header.checksum)
-        split, shape = 8 * header.shape[0], header.shape
-        turns = torch.frombuffer(body, dtype=torch.int64, count=shape[0]).clone()
-        states = torch.frombuffer(body, dtype=FILE_DTYPES[header.dtype], offset=split).reshape(shape).clone()
+        tensors = {
+            name: torch.frombuffer(body, dtype=STORED_DTYPES[dtype], count=math.prod(shape), offset=start)
+            for name, (dtype, shape, (start, _)) in header.tensors.items()
+        }
+        turns, states = tensors["turns"].clone(), tensors["states"].reshape(header.shape)
+        if header.is_int8:
+            states = states * tensors["scales"].reshape(*header.shape[:3], 1)
+        states = states.to(FILE_DTYPES[header.dtype], copy=True)
         _check_numbers(f"{path} is refused", states, turns)
         return cls(states.to(device), turns, header.fingerprint)
 
@@ -325,23 +346,36 @@ class _Header(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     fingerprint: str | None
+    is_int8: bool = False
     checksum: str = ""
 
     @property
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...], tuple[int, int]]]:
+        """Dtype, shape and place of what the file holds."""
+        parts = [("turns", "I64", self.shape[:1]), ("states", self.dtype, self.shape)]
+        if self.is_int8:
+            parts[1:] = [("scales", "F32", self.shape[:3]), ("states", "I8", self.shape)]
+        # big numbers come before smaller ones, which keeps every tensor aligned
+        tensors, start = {}, 0
+        for name, dtype, shape in parts:
+            end = start + math.prod(shape) * STORED_DTYPES[dtype].itemsize
+            tensors[name], start = (dtype, shape, (start, end)), end
+        return tensors
+
+    @property
     def num_bytes(self) -> int:
-        return 8 * self.shape[0] + math.prod(self.shape) * FILE_DTYPES[self.dtype].itemsize
+        return self.tensors["states"][2][1]
 
     def to_bytes(self) -> bytes:
-        metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "checksum": self.checksum}
+        version = INT8_FORMAT_VERSION if self.is_int8 else FORMAT_VERSION
+        metadata = {"format": FORMAT, "format_version": version, "checksum": self.checksum}
+        if self.is_int8:
+            metadata["dtype"] = self.dtype
         if self.fingerprint is not None:
             metadata["fingerprint"] = self.fingerprint
-        batch_size = self.shape[0]
-        # turns come first: 8-byte numbers before smaller ones keep every tensor aligned
-        header = {
-            "__metadata__": metadata,
-            "turns": {"dtype": "I64", "shape": [batch_size], "data_offsets": [0, 8 * batch_size]},
-            "states": {"dtype": self.dtype, "shape": self.shape, "data_offsets": [8 * batch_size, self.num_bytes]},
-        }
+        header: dict[str, Any] = {"__metadata__": metadata}
+        for name, (dtype, shape, place) in self.tensors.items():
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": place}
         raw = json.dumps(header, separators=(",", ":")).encode("ascii")
         return raw + b" " * (-len(raw) % 8)
 
@@ -355,6 +389,17 @@ class _Header(NamedTuple):
 def _expect(path: Any, name: str, found: Any, expected: Any) -> None:
     if found != expected:
         raise StateError(f"{path} is refused: {name} is {reprlib.repr(found)}, expected {reprlib.repr(expected)}.")
+
+
+def _to_int8(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales of (batch_size, layers, slots) and codes of the shape of `states`."""
+    states = states.float()
+    scales = states.abs().amax(-1) / 127
+    # cut to 17 bits, which with 7 of a code fit a float32: the next save finds the same scale, and the same codes
+    scales = (scales.view(torch.int32) & -(2**7)).view(torch.float32)
+    # a slot of zeros has the scale 0, and 0 / 0 is no number
+    codes = (states / scales.unsqueeze(-1)).nan_to_num(0.0).round().clamp(-127, 127)
+    return scales, codes.to(torch.int8)
 
 
 def _check_numbers(prefix: str, states: torch.Tensor, turns: torch.Tensor) -> None:
@@ -398,22 +443,26 @@ def _parse_header(content: Any, path: str) -> _Header:
     metadata: Any = content.get("__metadata__") if isinstance(content, dict) else None
     _expect(path, "the type of its metadata", type(metadata), dict)
     _expect(path, "the format", metadata.get("format"), FORMAT)
-    _expect(path, "the format version (update rxt_hf if newer)", metadata.get("format_version"), FORMAT_VERSION)
-    _expect(path, "the list of tensors", sorted(content.keys() - {"__metadata__"}), ["states", "turns"])
-    states, turns = content["states"], content["turns"]
-    _expect(path, "the type of the tensors' descriptions", (type(states), type(turns)), (dict, dict))
-    dtype, shape, fingerprint = states.get("dtype"), states.get("shape"), metadata.get("fingerprint")
+    is_int8 = "scales" in content
+    version, names = FORMAT_VERSION, ["states", "turns"]
+    if is_int8:
+        version, names = INT8_FORMAT_VERSION, ["scales", *names]
+    _expect(path, "the format version (update rxt_hf if newer)", metadata.get("format_version"), version)
+    _expect(path, "the list of tensors", sorted(content.keys() - {"__metadata__"}), names)
+    _expect(path, "the type of the tensors' descriptions", {type(content[name]) for name in names}, {dict})
+    shape, fingerprint = content["states"].get("shape"), metadata.get("fingerprint")
+    dtype = metadata.get("dtype") if is_int8 else content["states"].get("dtype")
     if not (isinstance(dtype, str) and dtype in FILE_DTYPES):
         raise StateError(f"{path} is refused: states have dtype {reprlib.repr(dtype)}, expected {list(FILE_DTYPES)}.")
     if not (isinstance(shape, list) and len(shape) == 4 and all(type(n) is int and n > 0 for n in shape)):
         raise StateError(f"{path} is refused: states have shape {reprlib.repr(shape)}, expected four numbers > 0.")
     if not (fingerprint is None or isinstance(fingerprint, str)):
         raise StateError(f"{path} is refused: the fingerprint is {reprlib.repr(fingerprint)}, expected a string.")
-    header = _Header(dtype, tuple(shape), fingerprint, str(metadata.get("checksum")))
-    split = 8 * shape[0]
-    _expect(path, "[dtype, shape] of turns", [turns.get("dtype"), turns.get("shape")], ["I64", shape[:1]])
-    _expect(path, "the place of turns", turns.get("data_offsets"), [0, split])
-    _expect(path, "the place of states", states.get("data_offsets"), [split, header.num_bytes])
+    header = _Header(dtype, tuple(shape), fingerprint, is_int8, str(metadata.get("checksum")))
+    for name, (kind, expected, place) in header.tensors.items():
+        found = content[name]
+        _expect(path, f"[dtype, shape] of {name}", [found.get("dtype"), found.get("shape")], [kind, list(expected)])
+        _expect(path, f"the place of {name}", found.get("data_offsets"), list(place))
     return header
 
 

@@ -705,6 +705,14 @@ class RxTPreTrainedModel(PreTrainedModel):
         "cross_attentions": OutputRecorder(RxTMemoryCrossAttention, index=1),
     }
 
+    def train(self, mode: bool = True):
+        # On some CPUs bitsandbytes would reorder 4-bit weights for inference in their first forward, in place: no
+        # gradient passes them from then on, and what is saved is damaged. Loading ends with eval().
+        for module in self.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        return super().train(mode)
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -1073,13 +1081,21 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
         """
         Names the weights that a memory belongs to: a hash of a few elements of every parameter, rounded to bfloat16,
         so that loading in bfloat16, float32 or float64, or on another device, does not change it.
+
+        Of a quantised matrix only the kind counts: how it is stored depends on dtype and device. A quantised model
+        refuses the memory of the float one, and the memory of one that is quantised otherwise.
         """
-        samples = []
+        samples, quantised = [], []
         for parameter in self.model.parameters():
             whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            if type(whole) not in (torch.Tensor, nn.Parameter):
+                quantised.append(type(whole).__name__)
+                continue
             flat = whole.detach().flatten()
             samples.append(flat[:: max(1, flat.numel() // 8)][:8].to("cpu", torch.bfloat16))
-        return hashlib.sha256(torch.cat(samples).view(torch.int16).numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(torch.cat(samples).view(torch.int16).numpy().tobytes())
+        digest.update("".join(quantised).encode())
+        return digest.hexdigest()
 
     def init_stm(self, batch_size: int = 1, *, generator: torch.Generator | None = None) -> STMCache:
         """

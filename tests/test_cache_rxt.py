@@ -1,6 +1,7 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 import copy
 import errno
+import hashlib
 import importlib.util
 import json
 import os
@@ -309,6 +310,101 @@ def test_views_and_graphs_are_saved_as_their_numbers(tmp_path):
         assert loaded.fingerprint is None
 
 
+def test_a_file_without_int8_is_the_same_to_the_byte_as_it_always_was(tmp_path):
+    cache = STMCache(torch.arange(24.0).view(2, 1, 3, 4), [5, 7], "model-a")
+    cache.save(tmp_path / "state")
+    digest = hashlib.sha256((tmp_path / "state").read_bytes()).hexdigest()
+    assert digest == "73da8302f691763d3a80b975ad55991a36ef213af57d92b9e3695f8623744a9b"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_file_is_that_of_the_cast_memory(tmp_path, dtype):
+    random_cache().save(tmp_path / "state", dtype=dtype)
+    random_cache().to(dtype).save(tmp_path / "cast")
+    assert (tmp_path / "state").read_bytes() == (tmp_path / "cast").read_bytes()
+    assert_same(STMCache.load(tmp_path / "state", stand_in_model()), random_cache(dtype=dtype))
+
+
+def cache_of_all_sizes(dtype):
+    """Slots of zeros, of one number, of the largest numbers, and random ones over eight orders of magnitude."""
+    cache = random_cache(hidden=64)
+    states = (cache.states * 10.0 ** torch.linspace(-5, 3, 24).view(3, 2, 4, 1)).to(dtype)
+    states[0, 0, 0], states[0, 0, 1] = 0.0, -0.25
+    states[0, 0, 2, 0] = torch.finfo(dtype).max
+    return cache.replace(states)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_int8_keeps_every_number_to_half_a_scale_and_the_dtype(tmp_path, dtype):
+    cache = cache_of_all_sizes(dtype)
+    cache.save(tmp_path / "state", dtype=torch.int8)
+    loaded = STMCache.load(tmp_path / "state")
+    assert loaded.dtype == dtype and loaded.fingerprint == "model-a" and torch.equal(loaded.turns, cache.turns)
+    scales = cache.states.double().abs().amax(-1, keepdim=True) / 127
+    error = (loaded.states.double() - cache.states.double()).abs()
+    # half a scale, and what rounding to bfloat16 adds: at most 2**-8 of 127 scales
+    assert (error <= (0.503 if dtype == torch.float32 else 1.0) * scales).all()
+    assert (error > 0.45 * scales).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_was_stored_in_int8_once_is_stored_again_without_any_loss(tmp_path, dtype):
+    cache_of_all_sizes(dtype).save(tmp_path / "state", dtype=torch.int8)
+    loaded = STMCache.load(tmp_path / "state")
+    loaded.save(tmp_path / "again", dtype=torch.int8)
+    assert_same(STMCache.load(tmp_path / "again"), loaded)
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "state").read_bytes()
+
+
+def test_int8_scales_each_slot_by_itself(tmp_path):
+    cache = random_cache()
+    cache.states[0, 0, 0] *= 1e6
+    cache.save(tmp_path / "state", dtype=torch.int8)
+    error = (STMCache.load(tmp_path / "state").states - cache.states).abs().amax(-1)
+    assert error[0, 0, 0] > 100 and error.flatten()[1:].max() < 0.02
+
+
+def test_int8_takes_a_quarter_of_the_bytes_and_any_view(tmp_path):
+    cache = random_cache(slots=64, hidden=128)
+    cache.save(tmp_path / "whole")
+    cache.save(tmp_path / "state", dtype=torch.int8)
+    assert (tmp_path / "state").stat().st_size < 0.27 * (tmp_path / "whole").stat().st_size
+    view = cache.replace(cache.states.transpose(1, 2)[:, :, :, 1::2].requires_grad_() * 2)
+    view.save(tmp_path / "view", dtype=torch.int8)
+    view.replace(view.states.detach().contiguous()).save(tmp_path / "contiguous", dtype=torch.int8)
+    assert (tmp_path / "view").read_bytes() == (tmp_path / "contiguous").read_bytes()
+
+
+def test_the_int8_file_is_plain_safetensors(tmp_path):
+    cache = random_cache(dtype=torch.bfloat16, hidden=3)
+    cache.save(tmp_path / "state", dtype=torch.int8)
+    tensors = safetensors.torch.load_file(tmp_path / "state")
+    assert {name: tensor.dtype for name, tensor in tensors.items()} == {
+        "turns": torch.int64,
+        "scales": torch.float32,
+        "states": torch.int8,
+    }
+    states = (tensors["states"] * tensors["scales"].unsqueeze(-1)).bfloat16()
+    assert torch.equal(states, STMCache.load(tmp_path / "state").states)
+    with safetensors.safe_open(tmp_path / "state", "pt") as file:
+        assert (file.metadata()["format_version"], file.metadata()["dtype"]) == ("2", "BF16")
+
+
+@pytest.mark.parametrize(
+    "cache, dtype, words",
+    [
+        (random_cache(), torch.int32, "int32, expected one of"),
+        (random_cache(dtype=torch.float64), torch.int8, "float64, expected one of"),
+        (random_cache().replace(torch.full((3, 2, 4, 8), 1e6)), torch.float16, "NaN or Inf, expected finite"),
+        (random_cache().replace(torch.full((3, 2, 4, 8), float("nan"))), torch.int8, "NaN or Inf, expected finite"),
+    ],
+)
+def test_what_cannot_be_stored_in_a_dtype_is_not_saved(tmp_path, cache, dtype, words):
+    with pytest.raises(StateError, match=words):
+        cache.save(tmp_path / "state", dtype=dtype)
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("fingerprint", ["", 'quote " and \\ and \n', "Gedächtnis 記憶", "[[[{{{"])
 def test_any_short_fingerprint_survives(tmp_path, fingerprint):
     cache = STMCache(torch.zeros(1, 1, 1, 1), 1, fingerprint)
@@ -367,10 +463,14 @@ def test_a_memory_without_fingerprint_does_not_pass_as_a_models_own(tmp_path):
 
 
 @pytest.fixture
-def one_slot_file(tmp_path):
+def one_slot_file(tmp_path, request):
     path = tmp_path / "state"
-    random_cache(batch=1, layers=1, slots=1).save(path)
+    random_cache(batch=1, layers=1, slots=1).save(path, dtype=getattr(request, "param", None))
     return path
+
+
+each_kind_of_file = pytest.mark.parametrize("one_slot_file", [None, torch.int8], indirect=True)
+int8_file = pytest.mark.parametrize("one_slot_file", [torch.int8], indirect=True)
 
 
 def refuse(path, content, words=None):
@@ -384,6 +484,7 @@ def refuse(path, content, words=None):
     return seconds
 
 
+@each_kind_of_file
 def test_a_file_cut_at_any_byte_is_refused(one_slot_file):
     whole = one_slot_file.read_bytes()
     seconds = [refuse(one_slot_file, whole[:length]) for length in range(len(whole))]
@@ -391,6 +492,7 @@ def test_a_file_cut_at_any_byte_is_refused(one_slot_file):
     assert sorted(seconds)[len(seconds) // 2] < 0.05
 
 
+@each_kind_of_file
 def test_a_thousand_random_byte_flips_are_refused(one_slot_file):
     whole, generator = one_slot_file.read_bytes(), random.Random(0)
     for _ in range(1000):
@@ -476,11 +578,66 @@ def change(header, *keys_and_value):
         (("__metadata__", "fingerprint", "model-b"), "checksum"),
         (("__metadata__", "fingerprint", 5), "fingerprint is 5"),
         (("__metadata__", "author", "me"), "way that save never writes"),
+        (("__metadata__", "dtype", "F32"), "way that save never writes"),
+        (("states", "dtype", "I8"), "dtype 'I8', expected"),
     ],
 )
 def test_a_header_that_says_another_thing_is_refused(one_slot_file, place, words):
     header, body = header_of(one_slot_file.read_bytes())
     refuse(one_slot_file, file_of(change(header, *place), body), words)
+
+
+@int8_file
+@pytest.mark.parametrize(
+    "place, words",
+    [
+        (("scales", "data_offsets", [8, 16]), "place of scales"),
+        (("scales", "data_offsets", [12, 16]), "place of scales"),
+        (("states", "data_offsets", [8, 16]), "place of states"),
+        (("states", "data_offsets", [12, 2**64]), "place of states"),
+        (("scales", "dtype", "F64"), "scales.*'F64'.*expected.*'F32'"),
+        (("states", "dtype", "U8"), "states.*'U8'.*expected.*'I8'"),
+        (("states", "dtype", "F32"), "states.*'F32'.*expected.*'I8'"),
+        (("scales", "shape", [1, 1, 2]), r"scales.*\[1, 1, 2\]"),
+        (("scales", "shape", None), "scales.*None"),
+        (("states", "shape", [1, 1, 1, 16]), "place of states"),
+        (("states", "shape", [1, 2**40, 2**40, 2**40]), "scales"),
+        (("states", "shape", [1, 1, 1, -8]), "shape"),
+        (("scales", None), "'2', expected '1'"),
+        (("states", None), r"\['scales', 'turns'\], expected \['scales', 'states', 'turns'\]"),
+        (("scales", []), "descriptions"),
+        (("__metadata__", "format_version", "1"), "'1', expected '2'"),
+        (("__metadata__", "format_version", "3"), "newer.*'3', expected '2'"),
+        (("__metadata__", "dtype", "I8"), "dtype 'I8', expected"),
+        (("__metadata__", "dtype", ["F32"]), "dtype"),
+        (("__metadata__", "dtype", None), "dtype None, expected"),
+        (("__metadata__", "dtype", "BF16"), "checksum"),
+        (("__metadata__", "checksum", "0" * 64), "checksum"),
+    ],
+)
+def test_an_int8_header_that_says_another_thing_is_refused(one_slot_file, place, words):
+    header, body = header_of(one_slot_file.read_bytes())
+    refuse(one_slot_file, file_of(change(header, *place), body), words)
+
+
+@int8_file
+def test_an_int8_file_loads_as_it_is(one_slot_file):
+    """What the tests of damaged files start from."""
+    header, body = header_of(one_slot_file.read_bytes())
+    one_slot_file.write_bytes(file_of(header, body))
+    assert STMCache.load(one_slot_file).states.shape == (1, 1, 1, 8)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 3e38])
+def test_an_int8_file_with_a_right_checksum_but_no_finite_numbers_is_refused(tmp_path, monkeypatch, number):
+    scales = torch.ones(3, 2, 4)
+    scales[1, 0, 2] = number
+    codes = torch.full((3, 2, 4, 8), 2, dtype=torch.int8)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_rxt, "_to_int8", lambda _: (scales, codes))
+        random_cache().save(tmp_path / "state", dtype=torch.int8)
+    with pytest.raises(StateError, match="NaN or Inf, expected finite"):
+        STMCache.load(tmp_path / "state")
 
 
 @pytest.mark.parametrize(
@@ -501,11 +658,13 @@ def test_a_header_that_is_no_such_json_is_refused(tmp_path, header, words):
     assert refuse(tmp_path / "state", file_of(header), words) < 1
 
 
+@each_kind_of_file
 def test_the_same_header_spelt_otherwise_is_refused(one_slot_file):
     header, body = header_of(one_slot_file.read_bytes())
     refuse(one_slot_file, file_of(json.dumps(header).encode(), body), "way that save never writes")
 
 
+@each_kind_of_file
 def test_a_body_with_more_or_fewer_bytes_is_refused(one_slot_file):
     content = one_slot_file.read_bytes()
     _, body = header_of(content)

@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import sys
@@ -24,10 +25,14 @@ def main(argv: list[str] | None = None) -> int:
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "replace")):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors=errors)
+    argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(prog="rxt", description="Reactive Transformers: chat with a model that has a memory.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb", parser_class=_Parser)
     for verb, (description, add_arguments, _) in VERBS.items():
-        add_arguments(verbs.add_parser(verb, help=description, description=description))
+        verb_parser = verbs.add_parser(verb, help=description, description=description)
+        # some arguments belong to modules that take seconds to import
+        if verb in argv[:1]:
+            add_arguments(verb_parser)
     try:
         args = parser.parse_args(argv)
         return VERBS[args.verb][2](args)
@@ -157,6 +162,108 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model folder or Hub name")
+    parser.add_argument("folder", metavar="FOLDER", help="new, empty, or an earlier export, which is replaced")
+    parser.add_argument("--push", metavar="REPO", help="upload it to this Hub repository, owner/name")
+    parser.add_argument("--card", metavar="FILE", help="JSON object of what the card says: results, base_model, data")
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .hub import export, model_card
+
+    folder, facts = _target(args.folder), {} if args.card is None else _read_object(Path(args.card).expanduser())
+    args.seed, args.device, args.dtype = None, "cpu", "auto"
+    model, tokenizer = _load_model(args)
+    try:
+        card = model_card(model, args.push or folder.name, **facts) if facts else None
+    except (TypeError, AttributeError) as error:
+        # JSON of other types than model_card takes
+        raise ValueError(f"{args.card} is refused: {error}") from error
+    export(model, folder, tokenizer, card=card, push_to_hub=args.push)
+    print(folder)
+    return 0
+
+
+def _target(text: str) -> Path:
+    """A folder that may be written: whatever else is in one is not ours to replace."""
+    folder = Path(text).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, expected a folder or nothing.")
+    if folder.is_dir() and any(folder.iterdir()):
+        config = folder / "config.json"
+        if not config.is_file() or _read_object(config).get("model_type") != "rxt":
+            raise ValueError(f"{folder} holds other files: name a folder that is new, empty or an earlier export.")
+    return folder
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object.")
+    return content
+
+
+def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="Llama, Mistral, Qwen2/3, SmolLM3, or a folder of RxT's authors"
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="new, empty, or an earlier export, which is replaced")
+    parser.add_argument("--slots", type=int, metavar="N", help="vectors in each layer of the memory; default 64")
+    parser.add_argument(
+        "--memory-layers", type=_layers, metavar="0,2,4", help="decoder layers that read the memory; default all"
+    )
+
+
+def _layers(text: str) -> list[int]:
+    return [int(layer) for layer in text.split(",")]
+
+
+_layers.__name__ = "list of layers, such as 0,2,4"
+
+
+def _convert(args: argparse.Namespace) -> int:
+    source, folder = _folder(args.model), _target(args.folder)
+    from transformers.utils import logging
+
+    from .hub import export, model_card
+
+    logging.disable_progress_bar()
+    try:
+        model, tokenizer, facts = _converted(source, args)
+    except Exception as error:
+        # as in _load_model: a damaged folder fails anywhere
+        raise ValueError(f"Cannot convert {source!r}: {_sentence(error)}") from error
+    base_model = source if source == args.model and not Path(source).is_dir() else Path(source).resolve().name
+    export(model, folder, tokenizer, card=model_card(model, folder.name, base_model=base_model, **facts))
+    memory = f"{model.config.num_memory_layers} layers of {model.config.num_memory_slots} slots"
+    print(f"{folder}: memory of {memory}{'' if tokenizer else '; no tokenizer was found that fits'}")
+    return 0
+
+
+def _converted(source: str, args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    """Model, tokenizer, and what the card says of the licence."""
+    from .convert import convert_tokenizer, from_llm, from_rxlm
+    from .convert.rxlm import LICENCE_NOTICE
+
+    config = Path(source) / "config.json"
+    if not Path(source).is_dir() or (config.is_file() and "model_type" in _read_object(config)):
+        tokenizer = convert_tokenizer(source)
+        slots = {} if args.slots is None else {"num_memory_slots": args.slots}
+        model = from_llm(source, tokenizer=tokenizer, memory_layers=args.memory_layers, **slots)
+        return model, tokenizer, {"licence_notice": "That of the base model holds."}
+    if args.slots is not None or args.memory_layers is not None:
+        raise ValueError("a checkpoint of RxT's authors has its own memory: leave out --slots and --memory-layers.")
+    model = from_rxlm(source)
+    tokenizer = convert_tokenizer(source) if (Path(source) / "tokenizer.json").is_file() else None
+    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
+        tokenizer = None
+    return model, tokenizer, {"license": "other", "license_name": "raml", "licence_notice": LICENCE_NOTICE}
+
+
 def _env(args: argparse.Namespace) -> int:
     import platform
     from importlib.metadata import PackageNotFoundError, version
@@ -185,6 +292,18 @@ def _env(args: argparse.Namespace) -> int:
     for name, value in facts.items():
         print(f"{name:<13} {value}")
     return 0
+
+
+def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    from .evaluation.speed import add_arguments
+
+    add_arguments(parser)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .evaluation.speed import run
+
+    return run(args)
 
 
 def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:
@@ -372,6 +491,9 @@ COMMANDS: dict[str, tuple[str, Callable[[_Chat, str], None], str]] = {
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "chat": ("talk with a model", _add_chat_arguments, _chat),
     "generate": ("one turn: print the answer to one query", _add_generate_arguments, _generate),
+    "bench": ("cost of a turn by its number, against a Llama of the same shape", _add_bench_arguments, _bench),
+    "convert": ("make an RxT of a pretrained language model", _add_convert_arguments, _convert),
+    "export": ("a folder for the Hub, with code and card", _add_export_arguments, _export),
     "env": ("versions and devices, for bug reports", lambda parser: None, _env),
 }
 

@@ -1,18 +1,20 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
-"""A model folder that loads with `trust_remote_code=True` where this package is not installed."""
+"""Folders to share: a model that loads with `trust_remote_code=True` without this package, and a written memory."""
 
 import json
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, hf_hub_download
 from transformers import PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .cache_rxt import STMCache
 from .modeling_rxt import RxTForCausalLM
 
 AUTO_MAP = {
@@ -22,38 +24,89 @@ AUTO_MAP = {
 }
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-*-of-*.safetensors")
 CARD_NAME = "README.md"
+MEMORY_NAME = "memory.stm"
+PATENT_NOTICE = """\
+The Reactive Transformer architecture is the subject of a pending patent application (P.453260, Reactive AI). The code
+that reads these files is an independent implementation from the papers arXiv:2510.03561 and arXiv:2510.01817; it is
+not affiliated with or endorsed by Reactive AI, and its licence grants nothing in respect of third parties' patents."""
 CARD = """---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- rxt
+{{ card_data }}
 ---
 
-# {name}
+# {{ name }}
 
-A Reactive Transformer of {millions:.1f} million parameters. It reads one interaction at a time: what earlier turns
-left behind is in a memory of {layers} layers of {slots} vectors of {width}, whose size never grows.
+A Reactive Transformer of {{ millions }} million parameters \
+{%- if base_model %}, made from {{ base_model }}{% endif %}. It reads one interaction at a time: what earlier turns
+left behind is in a memory of {{ config.num_memory_layers }} layers of {{ config.num_memory_slots }} vectors of
+{{ config.hidden_size }}, whose size never grows.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{{ name }}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{{ name }}")
 
 memory = model.init_stm(batch_size=1)
 for text in ["My dog is called Rex.", "What is my dog called?"]:
     inputs = tokenizer.apply_chat_template(
-        [{{"role": "user", "content": text}}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     out = model.generate(**inputs, stm_cache=memory, max_new_tokens=32)
     memory = out.stm_cache  # what the next turn reads
     print(tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-The Reactive Transformer architecture is the subject of a pending patent application (P.453260, Reactive AI). The code
-in this folder is an independent implementation from the papers arXiv:2510.03561 and arXiv:2510.01817; its licence
-grants nothing in respect of third parties' patents.
+## Training data
+
+{{ data or ("" if datasets else "Whoever made this card did not say what the model was trained on.") }}
+{%- for dataset in datasets %}
+- {{ dataset }}
+{%- endfor %}
+
+## Results
+{% if results %}
+| measured | on | value |
+|---|---|---|
+{%- for result in results %}
+| {{ result.metric_name or result.metric_type }} | {{ result.dataset_name }}\
+{%- if result.dataset_split %}, {{ result.dataset_split }}{% endif %} | {{ result.metric_value }} |
+{%- endfor %}
+{% else %}
+None were given with this card.
+{% endif %}
+## Licence and patent notice
+
+The code in this folder is under Apache-2.0; the licence of the weights is `{{ license_name or license }}`.
+{{ licence_notice }}
+
+{{ patent_notice }}
+"""
+MEMORY_CARD = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+{{ description }}
+
+This is no model: it is the memory of a Reactive Transformer after {{ turns }} interactions, {{ shape }}, in one file.
+Only the model that wrote it can read it: {{ base_model }}.
+
+```python
+from rxt_hf import RxTSession
+from rxt_hf.hub import load_memory
+
+memory = load_memory("{{ name }}", model)
+chat = RxTSession(model, tokenizer, stm_cache=memory)
+```
+
+A memory holds what was said to the model, in a form that no eye can read: treat it as you would treat the text.
+
+## Licence and patent notice
+
+The licence of this file is `{{ license }}`.
+
+{{ patent_notice }}
 """
 
 
@@ -76,7 +129,8 @@ def export(
     Args:
         model ([`RxTForCausalLM`]): nothing is registered on it or its class; ordinary saves stay ordinary.
         tokenizer (*optional*): saved with its chat template.
-        card (`str`, *optional*): text of `README.md`. By default one that is there is kept, else a short one written.
+        card (`str`, *optional*): text of `README.md`, such as [`model_card`] returns. By default one that is there is
+            kept, else one without results is written.
         push_to_hub (`str`, *optional*): the Hub repository, `"owner/name"`, that the files are uploaded to. It is
             created if it does not exist.
         save_kwargs: go to [`~PreTrainedModel.save_pretrained`], for example `max_shard_size` or `token`.
@@ -93,36 +147,138 @@ def export(
         )
     if any(".base_layer." in name for name, _ in model.named_parameters()):
         raise ValueError("The model has adapters, which an export cannot hold: merge them first (merge_and_unload()).")
-    folder = Path(os.path.abspath(folder))
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file, expected a folder or nothing.")
+    folder = _as_folder(folder)
     if card is None and not (folder / CARD_NAME).exists():
-        card = default_card(model, push_to_hub or folder.name)
+        card = model_card(model, push_to_hub or folder.name)
 
-    # One fixed name per target: what a killed export left is overwritten by the next one.
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        _write(model, partial, tokenizer, card, save_kwargs)
-        names = sorted(path.name for path in partial.iterdir())
-        _move(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    names = _replace(folder, lambda partial: _write(model, partial, tokenizer, card, save_kwargs))
     if push_to_hub is not None:
-        _upload(folder, push_to_hub, names, save_kwargs.get("token"))
+        _upload(folder, push_to_hub, names, save_kwargs.get("token"), "Export of an RxT model", WEIGHT_FILES)
     return folder
 
 
-def default_card(model: RxTForCausalLM, name: str) -> str:
-    """A short model card; `name` is the repository or folder that its example loads."""
-    config = model.config
-    return CARD.format(
-        name=name,
-        millions=model.num_parameters() / 1e6,
-        layers=config.num_memory_layers,
-        slots=config.num_memory_slots,
-        width=config.hidden_size,
+def model_card(
+    model: RxTForCausalLM,
+    name: str,
+    *,
+    results: Iterable[EvalResult | Mapping[str, Any]] = (),
+    base_model: str | None = None,
+    datasets: Iterable[str] = (),
+    data: str | None = None,
+    license: str | None = None,
+    licence_notice: str = "",
+    **metadata: Any,
+) -> str:
+    r"""
+    Text of a model card: what the model is, how to run it, where it comes from, and what was measured; no number that
+    is not given. The header holds the same for the Hub.
+
+    Args:
+        name (`str`): the repository or folder that the example loads.
+        results (`Iterable` of `EvalResult` or of mappings of its fields, *optional*): what was measured, for example
+            `{"dataset_name": "SGD", "dataset_type": "sgd", "metric_type": "accuracy", "metric_value": 0.5}`.
+        base_model (`str`, *optional*): repository of the model that this one was made from.
+        datasets (`Iterable[str]`, *optional*): names of the data sets that it was trained on.
+        data (`str`, *optional*): a sentence about that data.
+        license (`str`, *optional*): of the weights. Default: Apache-2.0, but "unknown" if there is a `base_model`.
+        licence_notice (`str`): a sentence more about it.
+        metadata: further fields of `huggingface_hub.ModelCardData`, such as `language`.
+
+    Raises: `ValueError` for a result without the fields that `EvalResult` needs, or with others.
+    """
+    evaluated, datasets = [_as_result(result) for result in results], list(datasets)
+    metadata = {"license": license or ("unknown" if base_model else "apache-2.0")} | metadata
+    header = ModelCardData(
+        model_name=name.rsplit("/", 1)[-1] if evaluated else None,
+        base_model=base_model,
+        datasets=datasets or None,
+        eval_results=evaluated or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["rxt", "reactive-transformer", "memory", "custom_code"],
+        **metadata,
     )
+    return str(
+        ModelCard.from_template(
+            header,
+            template_str=CARD,
+            name=name,
+            millions=f"{model.num_parameters() / 1e6:.1f}",
+            config=model.config,
+            datasets=datasets,
+            results=evaluated,
+            data=data,
+            licence_notice=licence_notice,
+            patent_notice=PATENT_NOTICE,
+        )
+    )
+
+
+def export_memory(
+    stm_cache: STMCache,
+    folder: str | os.PathLike,
+    *,
+    description: str,
+    base_model: str,
+    license: str = "apache-2.0",
+    push_to_hub: str | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    r"""
+    Writes a memory and its card into a folder, so that it can be shared: a system prompt that has been written once,
+    say. Everything is written beside `folder` first, as [`export`] does it.
+
+    Args:
+        stm_cache ([`STMCache`]): as a turn or `RxTSession.stm_cache` gives it, with the fingerprint of its model.
+        description (`str`): what was written into it.
+        base_model (`str`): repository of the model that wrote it.
+        license (`str`): of what was written into it.
+        push_to_hub (`str`, *optional*): the Hub repository, `"owner/name"`; created if it does not exist.
+
+    Returns: the folder.
+
+    Raises: [`StateError`] if the memory cannot be saved, `ValueError` if it does not say which model wrote it,
+    `NotADirectoryError` if `folder` is a file.
+    """
+    stm_cache, folder = stm_cache.wait(), _as_folder(folder)
+    if stm_cache.fingerprint is None:
+        raise ValueError("The memory has no fingerprint of the model that wrote it: start it with model.init_stm().")
+    layers, slots, width = stm_cache.states.shape[1:]
+    card = ModelCard.from_template(
+        ModelCardData(base_model=base_model, license=license, library_name="rxt_hf", tags=["rxt", "rxt-memory"]),
+        template_str=MEMORY_CARD,
+        name=push_to_hub or folder.name,
+        description=description,
+        turns=", ".join(map(str, stm_cache.turns.tolist())),
+        shape=f"{layers} layers of {slots} vectors of {width}",
+        patent_notice=PATENT_NOTICE,
+    )
+
+    def write(partial: Path) -> None:
+        partial.mkdir(parents=True)
+        stm_cache.save(partial / MEMORY_NAME)
+        (partial / CARD_NAME).write_text(str(card), encoding="utf-8")
+
+    names = _replace(folder, write)
+    if push_to_hub is not None:
+        _upload(folder, push_to_hub, names, token, "Memory of an RxT model", ())
+    return folder
+
+
+def load_memory(repo_or_folder: str | os.PathLike, model: RxTForCausalLM | None = None, **hub_kwargs: Any) -> STMCache:
+    r"""
+    The memory that [`export_memory`] wrote, from a folder or the Hub. With `model` it is refused if another model
+    wrote it, see [`STMCache.load`], and comes on the model's device.
+
+    Args:
+        hub_kwargs: go to `huggingface_hub.hf_hub_download`, for example `revision` or `token`.
+
+    Raises: [`StateError`] for a damaged file or another model's, `FileNotFoundError` for a folder without a memory.
+    """
+    path = Path(repo_or_folder) / MEMORY_NAME
+    if not path.parent.is_dir():
+        path = hf_hub_download(str(repo_or_folder), MEMORY_NAME, **hub_kwargs)
+    return STMCache.load(path, model=model, device=None if model is None else model.device)
 
 
 def code_files(model: RxTForCausalLM) -> list[Path]:
@@ -131,6 +287,38 @@ def code_files(model: RxTForCausalLM) -> list[Path]:
     if modeling is None:
         raise ValueError(f"{type(model)} comes from no file, so its code cannot be exported.")
     return sorted({Path(modeling), *map(Path, get_relative_import_files(modeling))})
+
+
+def _as_result(given: EvalResult | Mapping[str, Any]) -> EvalResult:
+    if isinstance(given, EvalResult):
+        return given
+    try:
+        fields: dict[str, Any] = {"task_type": "text-generation", **given}
+        return EvalResult(**fields)
+    except TypeError as error:
+        # "EvalResult.__init__() missing 1 required positional argument: 'metric_value'"
+        raise ValueError(f"The result {dict(given)} is refused: {str(error).partition(') ')[2]}.") from None
+
+
+def _as_folder(folder: str | os.PathLike) -> Path:
+    path = Path(os.path.abspath(folder))
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file, expected a folder or nothing.")
+    return path
+
+
+def _replace(folder: Path, write: Callable[[Path], None]) -> list[str]:
+    """Lets `write` fill a folder beside `folder`, and moves it there when it is whole. Returns the files' names."""
+    # One fixed name per target: what a killed export left is overwritten by the next one.
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        write(partial)
+        names = sorted(path.name for path in partial.iterdir())
+        _move(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return names
 
 
 def _write(
@@ -160,16 +348,18 @@ def _move(partial: Path, folder: Path) -> None:
         os.replace(path, folder / path.name)
 
 
-def _upload(folder: Path, repo_id: str, names: list[str], token: str | bool | None) -> None:
+def _upload(
+    folder: Path, repo_id: str, names: list[str], token: str | bool | None, message: str, former: Sequence[str]
+) -> None:
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, exist_ok=True).repo_id
     api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
-        commit_message="Export of an RxT model",
+        commit_message=message,
         allow_patterns=names,
-        delete_patterns=list(WEIGHT_FILES),
+        delete_patterns=list(former),
     )
 
 
-__all__ = ["export"]
+__all__ = ["export", "export_memory", "load_memory", "model_card"]

@@ -27,6 +27,15 @@ def test_recall_of_the_demo_is_shown_as_it_was_measured(fact_recall, page):
 
 
 @pytest.mark.parametrize("page", ["README.md", "model_cards/rxt-tiny-facts.md"])
+def test_baselines_are_shown_as_they_were_measured(fact_recall, page):
+    report = json.loads((RESULTS / "fact_recall.json").read_text())
+    assert fact_recall.arms_table(report) in (ROOT / page).read_text()
+    # of equal size
+    sizes = [report[arm]["parameters"] for arm in ("rxt", "full_history", "current_turn")]
+    assert max(sizes) <= 1.02 * min(sizes)
+
+
+@pytest.mark.parametrize("page", ["README.md", "model_cards/rxt-tiny-facts.md"])
 def test_recall_by_live_facts_is_shown_as_it_was_measured(page):
     report = json.loads((RESULTS / "fact_recall.json").read_text())
     (row,) = (row for row in report["rxt"]["recall"] if (row["split"], row["turns"]) == ("seen", 64))
@@ -40,3 +49,29 @@ def test_recall_by_live_facts_is_shown_as_it_was_measured(page):
 def test_benchmark_files_say_where_they_were_measured(path):
     environment = json.loads(path.read_text())["environment"]
     assert {"python", "torch", "transformers", "device", "threads"} <= environment.keys()
+
+
+def test_costs_of_a_turn_are_shown_as_they_were_measured():
+    report = json.loads((RESULTS / "turn_cost_100m.json").read_text())
+    readme, ratios = " ".join((ROOT / "README.md").read_text().split()), report["ratios"]
+    for kind in (
+        "first_token_speedup_over_full_history",
+        "turn_speedup_over_persistent_cache",
+        "turn_slowdown_over_current_turn",
+        "async_turn_slowdown_over_current_turn",
+    ):
+        by_turn = [ratios.get(f"{kind}_at_{turn}") for turn in (1, 2, 8, 32, 64)]
+        cells = " | ".join("" if value is None else f"{value:.3g}" for value in by_turn)
+        assert " ".join(f"| {cells} |".split()) in readme, kind
+    assert f"takes {ratios['rxt_turn_at_64_over_2']:.2f} times turn 2" in readme
+    assert f"takes {ratios['async_write_s']:.2f} s" in readme
+    states = {
+        arm: {figures["state_bytes"] // 1024 for figures in found.values()} for arm, found in report["turns"].items()
+    }
+    assert len(states["rxt"]) == 1 and f"stays at {states['rxt'].pop():,} KiB" in readme
+    assert f"{max(states['persistent_cache']):,} KiB after turn 64" in readme
+    sparse = json.loads((RESULTS / "decode_100m_sqa.json").read_text())["ratios"]
+    for batch_size in (1, 8):
+        for found in (ratios, sparse):
+            share = found[f"decode_share_of_current_turn_at_batch_{batch_size}_eager"]
+            assert f"{share:.2f}" in readme

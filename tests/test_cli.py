@@ -1,14 +1,18 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 import io
 import json
+import os
 import re
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from rxt_hf import RxTConfig, RxTForCausalLM, STMCache
@@ -17,6 +21,7 @@ from rxt_hf.cli import COMMANDS, VERBS, main
 from rxt_hf.session import RxTSession
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+GOLDEN = Path(os.environ.get("RXT_GOLDEN") or Path(__file__).parents[2] / "shared" / "golden")
 ABOUT = "Trained to remember what you tell it about yourself."
 CONTEXT = 96
 SHORT = ("--max-new-tokens", "4")
@@ -343,6 +348,20 @@ MISTAKES = {
     "words": (["chat", "MODEL", "--max-new-tokens", "few"], "invalid whole number value: 'few'"),
     "device": (["chat", "MODEL", "--device", "abacus"], "abacus"),
     "dtype": (["chat", "MODEL", "--dtype", "int8"], "int8"),
+    "bench size": (["bench", "--size", "1t"], "1t"),
+    "bench turns": (["bench", "--turns", "0"], "0 is not at least 1"),
+    "bench device": (["bench", "--device", "abacus"], "abacus"),
+    "bench output": (["bench", "--output", "no/f"], "No such file or directory: no/f"),
+    "export of nothing": (["export", "no/such/folder", "new"], "There is no model folder"),
+    "export to a file": (["export", "MODEL", "mine/notes.txt"], "notes.txt is a file"),
+    "export over others": (["export", "MODEL", "mine"], "mine holds other files"),
+    "no card": (["export", "MODEL", "new", "--card", "none"], "No such file or directory: none"),
+    "card that is no JSON": (["export", "MODEL", "new", "--card", "mine/notes.txt"], "notes.txt is not JSON"),
+    "card of a wrong type": (["export", "MODEL", "new", "--card", "mine/card.json"], "card.json is refused"),
+    "convert over others": (["convert", "MODEL", "mine"], "mine holds other files"),
+    "convert an RxT": (["convert", "MODEL", "new"], "Cannot convert .* 'rxt' is not covered"),
+    "convert nothing": (["convert", "EMPTY", "new"], "Cannot convert 'empty': .*holds neither model.safetensors"),
+    "layers": (["convert", "MODEL", "new", "--memory-layers", "0;2"], "invalid list of layers.*: '0;2'"),
     "nowhere to save": (["generate", "MODEL", "--query", "hi", "--save-memory", "no/f"], "No such file or directory"),
 }
 
@@ -350,12 +369,17 @@ MISTAKES = {
 @pytest.mark.parametrize("argv, message", MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_costs_one_sentence_and_exit_code_2(rxt, folder, tmp_path, monkeypatch, argv, message):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    (tmp_path / "mine" / "card.json").write_text('{"results": 5}')
     monkeypatch.chdir(tmp_path)
     code, _, err = rxt(*({"MODEL": folder, "EMPTY": "empty"}.get(arg, arg) for arg in argv))
     assert code == 2
     assert len(err.splitlines()) == 1
     assert err.startswith("rxt")
     assert re.search(message, err)
+    assert not (tmp_path / "new").exists()
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"notes.txt", "card.json"}
 
 
 def test_help_names_every_verb_and_exits_with_0(rxt):
@@ -373,6 +397,87 @@ def test_env_names_versions_device_and_attention(rxt):
     assert facts["torch"] == torch.__version__
     assert facts["device"].endswith("CPU threads")
     assert facts["attention"].startswith("eager, sdpa")
+
+
+def test_export_writes_a_folder_that_chats_with_a_card_of_measured_numbers_and_pushes_it(
+    rxt, folder, tmp_path, monkeypatch
+):
+    from huggingface_hub import HfApi
+
+    uploads = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, exist_ok: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda api, **kwargs: uploads.append(kwargs["repo_id"]))
+    result = {"dataset_name": "Facts", "dataset_type": "facts", "metric_type": "recall", "metric_value": 0.977}
+    (tmp_path / "card.json").write_text(json.dumps({"results": [result], "data": "Generated dialogues."}))
+    target = tmp_path / "out"
+    for options in ([], ["--card", tmp_path / "card.json", "--push", "me/facts"]):
+        assert rxt("export", folder, target, *options) == (0, f"{target}\n", "")
+    card = (target / "README.md").read_text()
+    assert "| recall | Facts | 0.977 |" in card and "Generated dialogues." in card and "me/facts" in card
+    assert uploads == ["me/facts"]
+    assert (target / "modeling_rxt.py").is_file()
+    answer = rxt("generate", folder, "--query", "hello", *SHORT)
+    assert rxt("generate", target, "--query", "hello", *SHORT) == answer
+
+
+@pytest.fixture(scope="module")
+def llama_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama")
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "hello": 2, "you": 3}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>").save_pretrained(path)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 4, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, max_position_embeddings=64)).save_pretrained(path)
+    return path
+
+
+def test_convert_makes_a_folder_that_chats_of_a_language_model(rxt, llama_folder, tmp_path):
+    target = tmp_path / "rxt"
+    code, out, _ = rxt("convert", llama_folder, target, "--slots", 6, "--memory-layers", "0,2")
+    assert (code, out) == (0, f"{target}: memory of 2 layers of 6 slots\n")
+    model = RxTForCausalLM.from_pretrained(target)
+    assert (model.config.memory_layers, model.config.vocab_size) == ([0, 2], 14)
+    ids = torch.tensor([[1, 2, 3]])
+    source = LlamaForCausalLM.from_pretrained(llama_folder)
+    assert torch.equal(model(ids).logits[..., :4], source(ids).logits)
+    assert f"made from {llama_folder.name}" in (target / "README.md").read_text()
+    assert rxt("generate", target, "--query", "hello you", *SHORT)[0] == 0
+
+
+def test_a_failed_conversion_leaves_the_former_one_as_it_was(rxt, llama_folder, tmp_path):
+    target = tmp_path / "rxt"
+    assert rxt("convert", llama_folder, target, "--memory-layers", "0")[0] == 0
+    before = {path.name: path.read_bytes() for path in target.iterdir()}
+    for options, message in ((["--memory-layers", "7"], r"\[7\]"), (["--slots", 0], "num_memory_slots .* got 0")):
+        code, out, err = rxt("convert", llama_folder, target, *options)
+        assert (code, out) == (2, "")
+        assert re.search(message, err) and len(err.splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in target.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["rxt"]
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no checkpoints in {GOLDEN}")
+def test_convert_reads_a_checkpoint_of_the_authors_and_keeps_their_licence(rxt, tmp_path):
+    checkpoint, target = GOLDEN / "att_gqa", tmp_path / "rxt"
+    code, out, _ = rxt("convert", checkpoint, target)
+    assert (code, out) == (0, f"{target}: memory of 2 layers of 12 slots; no tokenizer was found that fits\n")
+    card = (target / "README.md").read_text()
+    assert "license: other" in card and "license_name: raml" in card and "non-commercial" in card
+    assert RxTForCausalLM.from_pretrained(target).config.vocab_size == 64
+    code, _, err = rxt("convert", checkpoint, tmp_path / "new", "--slots", 4)
+    assert code == 2 and "leave out --slots" in err and not (tmp_path / "new").exists()
+
+
+def test_bench_writes_its_report_and_prints_its_tables(rxt, tmp_path):
+    report = tmp_path / "report.json"
+    smallest = ("--turns", 1, "--query-tokens", 3, "--answer-tokens", 2, "--repeats", 1, "--decode-batch-sizes")
+    code, out, err = rxt("bench", "--output", report, "--arms", "rxt", "current_turn", *smallest)
+    assert (code, err) == (0, "")
+    assert out.startswith("| time to first token, ms; turn | 1 |")
+    found = json.loads(report.read_text())
+    assert found["turns"]["rxt"]["1"]["state_bytes"] == 2 * 40 * 128 * 4
+    assert "verb" not in found["options"]
 
 
 def test_conversation_script_runs_and_asks_last_for_a_name_outside_the_training_data(rxt, folder):

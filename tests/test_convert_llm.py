@@ -150,7 +150,7 @@ def test_no_tensor_of_decoder_or_encoder_is_random(family):
     first, second = (dict(converted(source, memory_layers=[0, 2]).named_parameters()) for _ in range(2))
     differs = {name.split(".")[1] for name, tensor in first.items() if not torch.equal(tensor, second[name])}
     layers = {name.split(".")[3] for name in first if name.startswith("model.layers.") and "memory" in name}
-    assert differs == {"layers", "memory_attention", "initial_memory"}
+    assert differs == {"layers", "memory_attention"}
     assert layers == {"memory_cross_attn", "memory_cross_attn_layernorm", "memory_layernorm"}
     assert all(
         torch.equal(tensor, second[name]) for name, tensor in first.items() if name.startswith("model.memory_encoder")

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import EvalResult, HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from rxt_hf import RxTConfig, RxTForCausalLM, STMCache
+from rxt_hf import RxTConfig, RxTForCausalLM, RxTSession, StateError, STMCache, hub
 from rxt_hf.chat_template import train_tokenizer
 from rxt_hf.data.facts import corpus_texts
-from rxt_hf.hub import export
+from rxt_hf.hub import export, export_memory, load_memory, model_card
 
 CODE = {"cache_rxt.py", "configuration_rxt.py", "generation_rxt.py", "modeling_rxt.py"}
 TEXTS = {"config.json", "generation_config.json", "README.md"}
@@ -181,6 +181,111 @@ def test_card_names_licence_library_and_patent(exported):
 def test_a_card_that_is_there_stays_unless_another_is_given(model, tmp_path):
     for card, expected in ((None, "Reactive"), ("mine", "mine"), (None, "mine"), ("new", "new")):
         assert expected in (export(model, tmp_path / "out", card=card) / "README.md").read_text()
+
+
+MEASURED = {
+    "dataset_name": "Schema-Guided Dialogue",
+    "dataset_type": "sgd",
+    "dataset_split": "test",
+    "metric_type": "loss",
+    "metric_name": "nats per recalled word",
+    "metric_value": 4.21,
+}
+
+
+def test_card_holds_lineage_and_the_measured_numbers_for_readers_and_for_the_hub(model, tmp_path):
+    lineage = {"base_model": "them/base", "datasets": ["sgd"], "data": "12,174 dialogues.", "language": "en"}
+    licence = {"license": "other", "license_name": "theirs", "licence_notice": "Not for sale."}
+    text = model_card(model, "me/tiny-rxt", results=[MEASURED], **lineage, **licence)
+    header = ModelCard(text).data
+    assert (header.base_model, header.datasets, header.language) == ("them/base", ["sgd"], "en")
+    assert (header.license, header.license_name, header.model_name) == ("other", "theirs", "tiny-rxt")
+    assert header.eval_results == [EvalResult(task_type="text-generation", **MEASURED)]
+    assert "| nats per recalled word | Schema-Guided Dialogue, test | 4.21 |" in text
+    body = text.split("---", 2)[2]
+    assert all(part in body for part in ("them/base", "12,174", "\n- sgd\n", "`theirs`", "Not for sale.", "P.453260"))
+    export(model, tmp_path / "out", card=text)
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.to_dict() == header.to_dict()
+
+
+def test_card_without_measurements_shows_no_number_and_an_unknown_licence_of_a_base_model(model):
+    text = model_card(model, "x", base_model="them/base")
+    header = ModelCard(text).data
+    assert header.eval_results is None and "| measured |" not in text and "None were given" in text
+    assert header.license == "unknown"
+    assert "did not say what the model was trained on" in text
+
+
+@pytest.mark.parametrize(
+    ("result", "named"), [({"dataset_name": "SGD"}, "metric_value"), (MEASURED | {"metric": 1}, "metric")]
+)
+def test_a_result_that_the_hub_would_not_take_is_refused(model, result, named):
+    with pytest.raises(ValueError, match=f"SGD.*is refused: .*'{named}'|Dialogue.*is refused: .*'{named}'"):
+        model_card(model, "x", results=[result])
+
+
+@pytest.fixture(scope="module")
+def memory(model, tokenizer):
+    return RxTSession(model, tokenizer, system="You live in Oslo.").stm_cache
+
+
+def test_a_written_memory_is_shared_with_a_card_and_goes_on_bit_identical(model, tokenizer, memory, tmp_path):
+    said = {"description": "A system prompt: you live in Oslo.", "base_model": "me/tiny-rxt"}
+    folder = export_memory(memory, tmp_path / "oslo", **said)
+    assert {path.name for path in folder.iterdir()} == {"README.md", "memory.stm"}
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == "me/tiny-rxt" and "rxt-memory" in card.data.tags
+    parts = (said["description"], "1 interactions", "2 layers of 5 vectors of 32", "P.453260", '"oslo"')
+    assert all(part in card.content for part in parts)
+
+    loaded = load_memory(folder, model)
+    assert torch.equal(loaded.states, memory.states) and loaded.turns.tolist() == [1]
+    answers = [
+        RxTSession(model, tokenizer, stm_cache=given, max_new_tokens=8).send("Where do I live?")
+        for given in (loaded, memory, None)
+    ]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_a_memory_of_another_model_or_of_none_is_refused(model, memory, tmp_path):
+    said = {"description": "x", "base_model": "me/tiny-rxt"}
+    export_memory(memory, tmp_path / "oslo", **said)
+    with pytest.raises(StateError, match="fingerprint"):
+        load_memory(tmp_path / "oslo", tiny_model(memory_init_std=2.0))
+    with pytest.raises(FileNotFoundError):
+        load_memory(tmp_path)
+    with pytest.raises(ValueError, match=r"init_stm\(\)"):
+        export_memory(STMCache(memory.states), tmp_path / "new", **said)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_failed_export_of_a_memory_leaves_the_former_one_as_it_was(memory, tmp_path):
+    said = {"description": "x", "base_model": "me/tiny-rxt"}
+    before = files_of(export_memory(memory, tmp_path / "oslo", **said))
+    with pytest.raises(StateError, match="NaN"):
+        export_memory(memory.replace(memory.states * float("nan")), tmp_path / "oslo", **said)
+    assert files_of(tmp_path / "oslo") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["oslo"]
+
+
+def test_a_memory_travels_through_a_hub_repository(model, memory, tmp_path, monkeypatch):
+    uploads, asked = [], []
+    monkeypatch.setattr(HfApi, "create_repo", lambda api, repo_id, exist_ok: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda api, **kwargs: uploads.append((api.token, kwargs)))
+    said = {"description": "x", "base_model": "me/tiny-rxt"}
+    folder = export_memory(memory, tmp_path / "oslo", **said, push_to_hub="me/oslo", token="secret")
+    ((token, upload),) = uploads
+    assert (token, upload["repo_id"], upload["folder_path"]) == ("secret", "me/oslo", folder)
+    assert upload["allow_patterns"] == ["README.md", "memory.stm"] and upload["delete_patterns"] == []
+    assert 'load_memory("me/oslo"' in (folder / "README.md").read_text()
+
+    def download(repo_id, filename, **kwargs):
+        asked.append((repo_id, filename, kwargs))
+        return str(folder / filename)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    assert torch.equal(load_memory("me/oslo", model, revision="v1").states, memory.states)
+    assert asked == [("me/oslo", "memory.stm", {"revision": "v1"})]
 
 
 @pytest.mark.parametrize("saved_by", ["export", "save_pretrained"])

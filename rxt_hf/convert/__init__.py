@@ -1,7 +1,7 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """Other models' weights as a Reactive Transformer."""
 
-from .llm import convert_tokenizer, freeze_base, from_llm
+from .llm import adapter_config, convert_tokenizer, freeze_base, from_llm
 from .rxlm import from_rxlm
 
-__all__ = ["convert_tokenizer", "freeze_base", "from_llm", "from_rxlm"]
+__all__ = ["adapter_config", "convert_tokenizer", "freeze_base", "from_llm", "from_rxlm"]

@@ -4,7 +4,7 @@
 import copy
 import os
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -20,6 +20,9 @@ from transformers import (
 from ..chat_template import CONTROL_TOKENS, add_control_tokens
 from ..configuration_rxt import RxTConfig
 from ..modeling_rxt import RxTForCausalLM
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 # Fields that mean the same in every family.
 _SHARED_FIELDS = (
@@ -93,6 +96,9 @@ _VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 _FRESH = re.compile(
     r"model\.(initial_memory$|memory_attention\.|layers\.\d+\.(memory_cross_attn|memory_cross_attn_layernorm|memory_layernorm)\.)"
 )
+# The outermost modules that exist for the memory's sake.
+_MEMORY_MODULES = re.compile(r"model\.(layers\.\d+\.)?memory_\w+")
+_BASE_PROJECTIONS = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 # What the source leaves open. The encoder's sizes are those of the layers that it is copied from.
 _OVERRIDES = re.compile(r"memory_(?!encoder_)|cross_attention_|interlayer_attention_|use_gated_cross_attention$")
 
@@ -113,7 +119,8 @@ def from_llm(
     rounded the frequencies of its rotation; here they stay float32, as in a model loaded in that dtype.) The memory
     encoder starts as a bidirectional copy of the decoder layers in `memory_layers`, without sliding windows and with
     rotation in every layer. The memory attention is fresh, the initial memory normal with the standard deviation of
-    the embeddings. Dtype, device and attention implementation are the source's; the source is not changed.
+    the embeddings, and the same in each conversion. Dtype, device and attention implementation are the source's; the
+    source is not changed.
 
     Args:
         source (`PreTrainedModel`, `str` or `os.PathLike`): the model, or the name or folder to load it from.
@@ -183,13 +190,51 @@ def freeze_base(model: RxTForCausalLM) -> list[str]:
     tokens included.
 
     Returns: the names of the trainable parameters.
+
+    Raises: `ValueError` if memory modules are quantised, which leaves nothing that could be trained.
     """
     names = []
     for name, parameter in model.named_parameters():
+        if "memory" in name and type(parameter).__name__ in ("Params4bit", "Int8Params", "Int8Tensor"):
+            raise ValueError(
+                f"{name} is quantised and cannot be trained: load with modules_to_not_convert (bitsandbytes: "
+                r'llm_int8_skip_modules) of [r".*\.memory_\w+", "lm_head"], or train LoRA on it.'
+            )
         parameter.requires_grad_("memory" in name)
         if parameter.requires_grad:
             names.append(name)
     return names
+
+
+def adapter_config(
+    model: RxTForCausalLM, tokenizer: PreTrainedTokenizerFast | None = None, **lora_fields: Any
+) -> "LoraConfig":
+    r"""
+    PEFT's configuration that trains a converted model and leaves its base frozen bit for bit:
+
+        adapted = peft.get_peft_model(model, adapter_config(model, tokenizer, r=8))
+
+    The memory encoder, the memory attention, and the memory cross-attentions with their norms are trained whole;
+    attention and feed-forward of the decoder get LoRA. The initial memory stays, since PEFT adapts modules only.
+    Checkpoints hold nothing else; loaded onto the same conversion of the same source they give the same numbers.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`, *optional*): what [`convert_tokenizer`] returned. The rows of its control
+            tokens are trained too, in the table of the embeddings and in an untied head.
+        lora_fields: further fields of `LoraConfig`, or others in place of these.
+    """
+    from peft import LoraConfig
+
+    whole = [name for name, _ in model.named_modules() if _MEMORY_MODULES.fullmatch(name)]
+    fields: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "target_modules": _BASE_PROJECTIONS,
+        "modules_to_save": whole,
+    }
+    if tokenizer is not None:
+        tables = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
+        fields["trainable_token_indices"] = dict.fromkeys(tables, _control_ids(tokenizer))
+    return LoraConfig(**(fields | lora_fields))
 
 
 def _check_config(config: PreTrainedConfig) -> None:
@@ -246,14 +291,19 @@ def _vocabulary(tokenizer: PreTrainedTokenizerFast | None, source_size: int) -> 
     """Size of the vocabulary and the ids in it that the source has not learned."""
     if tokenizer is None:
         return source_size, []
-    ids = tokenizer.get_vocab()
-    if missing := [text for text in CONTROL_TOKENS.values() if text not in ids]:
-        raise ValueError(f"The tokenizer lacks the control tokens {missing}: pass convert_tokenizer(tokenizer).")
+    ids, control_ids = tokenizer.get_vocab(), _control_ids(tokenizer)
     size = max(source_size, 1 + max(ids.values()))
     # tables are often larger than the source's tokenizer: new tokens then have unused rows
     ordinary = 1 + max(token_id for text, token_id in ids.items() if text not in CONTROL_TOKENS.values())
-    unlearned = {ids[text] for text in CONTROL_TOKENS.values() if ids[text] >= ordinary}
+    unlearned = {token_id for token_id in control_ids if token_id >= ordinary}
     return size, sorted(unlearned | set(range(source_size, size)))
+
+
+def _control_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    ids = tokenizer.get_vocab()
+    if missing := [text for text in CONTROL_TOKENS.values() if text not in ids]:
+        raise ValueError(f"The tokenizer lacks the control tokens {missing}: pass convert_tokenizer(tokenizer).")
+    return [ids[text] for text in CONTROL_TOKENS.values()]
 
 
 def _mapped_tensors(source: PreTrainedModel, config: RxTConfig) -> dict[str, torch.Tensor]:
@@ -293,6 +343,11 @@ def _load(model: RxTForCausalLM, tensors: dict[str, torch.Tensor], new_ids: list
     lost = sorted(unexpected) + sorted(name for name in missing if not _FRESH.match(name))
     if lost:
         raise ValueError(f"Source and RxT do not fit in {', '.join(lost)}.")
+    memory = model.model.initial_memory
+    if memory is not None:
+        # without chance: an adapter, which does not hold it, must fit every conversion of its source
+        noise = torch.randn(memory.shape, generator=torch.Generator().manual_seed(0))
+        memory.copy_(noise * model.config.memory_init_std)
 
 
-__all__ = ["convert_tokenizer", "freeze_base", "from_llm"]
+__all__ = ["adapter_config", "convert_tokenizer", "freeze_base", "from_llm"]

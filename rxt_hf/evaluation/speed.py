@@ -61,6 +61,11 @@ SIZES: dict[str, dict[str, Any]] = {
         "memory_gate_granularity": "slot",
     },
 }
+# sparse query attention to the memory in the paper's proportions: half of the query heads, a quarter of the others
+SIZES["100m-sqa"] = SIZES["100m"] | {
+    "cross_attention_num_attention_heads": 6,
+    "cross_attention_num_key_value_heads": 3,
+}
 ARMS = {
     "rxt": "RxT",
     "rxt_async": "RxT, asynchronous write",
@@ -500,7 +505,12 @@ def plot(report: dict[str, Any], path: str | os.PathLike) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="100m: 110 million parameters of a Llama")
+    parser.add_argument(
+        "--size",
+        choices=SIZES,
+        default="tiny",
+        help="100m: 110 million parameters of a Llama; sqa: fewer heads read the memory",
+    )
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
     parser.add_argument("--turns", nargs="*", type=count, default=[1, 2, 4, 8, 16, 32, 64], help="none: decoding only")
     parser.add_argument("--query-tokens", type=count, default=192)

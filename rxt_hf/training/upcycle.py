@@ -1,0 +1,372 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Teaches a converted language model to use its memory, and measures what it recalls.
+
+    rxt convert path/to/language-model base --slots 64 --memory-layers 0,5,10,15,20,25
+    python -m rxt_hf.training.upcycle --model base --data path/to/dialogues --output_dir out
+
+runs to the end, or resumes from the last checkpoint in `out`. The base stays frozen, and checkpoints hold only what is
+trained: see `rxt_hf.convert.adapter_config`. Data are folders with `train.jsonl.gz` and `test.jsonl.gz`, see
+`rxt_hf.data.readers`. At the end `out/model` is the merged model, and `out/recall.json` holds the loss on the words
+that only earlier turns tell: with the memory, with it cleared, and with another dialogue's, by distance in turns. With
+`--source path/to/language-model` the language model is measured too, on the query alone and on all turns before.
+`rxt export out/model folder --card out/card.json` makes a folder for the Hub of it all.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, count, islice
+from pathlib import Path
+from random import Random
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..convert import adapter_config
+from ..data.collator import RxTEpisodeCollator
+from ..data.readers import Episodes, bucket_by_turns, read_episodes
+from ..modeling_rxt import RxTForCausalLM
+from .fact_dialogues import CpuBudget
+
+Memory = Literal["own", "cleared", "shuffled"]
+# turns since the word was last said
+DISTANCES = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 1000))
+RECIPE: dict[str, Any] = {
+    "max_steps": 600,
+    "learning_rate": 2e-4,
+    "adam_beta2": 0.98,
+    "weight_decay": 0.01,
+    "warmup_steps": 20,
+    "lr_scheduler_type": "cosine",
+    "max_grad_norm": 0.5,
+    # one item of the data set is one step
+    "per_device_train_batch_size": 1,
+    "train_sampling_strategy": "sequential",
+    "remove_unused_columns": False,
+    "bf16": True,
+    # asked for by name, or bf16 is refused
+    "use_cpu": not torch.accelerator.is_available(),
+    "logging_steps": 10,
+    "save_steps": 50,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "seed": 1,
+}
+
+
+@dataclass
+class UpcycleArguments:
+    """What the recipe adds to `TrainingArguments`."""
+
+    model: str = field(metadata={"help": "folder of the converted model, with its tokenizer"})
+    data: list[str] = field(metadata={"help": "folders with the splits train and test"})
+    source: str | None = field(default=None, metadata={"help": "the language model, to be measured beside it"})
+    turns: int = field(default=8, metadata={"help": "longer dialogues are cut in training, not in tests"})
+    tokens: int = field(default=64, metadata={"help": "a dialogue ends before a longer interaction"})
+    tokens_per_step: int = field(default=2048, metadata={"help": "padded tokens of all turns of a step"})
+    labelled_share: float = field(default=0.1, metadata={"help": "share of the answers without a recalled word"})
+    recall_weight: float = field(default=3.0, metadata={"help": "what a recalled token counts more than others"})
+    lora_rank: int = field(default=8, metadata={"help": "of the adapters on the frozen decoder"})
+    dialogues: int | None = field(default=None, metadata={"help": "read so many of each folder only"})
+    test_dialogues: int = field(default=200, metadata={"help": "of each folder"})
+    cpu_seconds: float | None = field(default=None, metadata={"help": "stops the run at this many CPU seconds"})
+
+
+def token_losses(model: RxTForCausalLM, batch: Mapping[str, torch.Tensor], memory: Memory = "own") -> torch.Tensor:
+    r"""
+    Cross-entropy of each labelled token of a batch of episodes, in order. Every turn is written into the memory, but
+    only turns with a label are decoded: most of the cost of a deep decoder with a small memory.
+
+    Args:
+        batch: `input_ids`, `attention_mask` and `labels` of shape `(batch_size, turns, tokens)`.
+        memory: what is read: the row's own memory, the initial one, or that of the row before.
+    """
+    inner, mask = model.model, batch["attention_mask"]
+    embeds = inner.embed_tokens(batch["input_ids"])
+    states = inner.initial_states(len(embeds))
+    read = []
+    for turn in range(embeds.shape[1]):
+        read.append(states.roll(1, 0) if memory == "shuffled" else states)
+        if memory != "cleared":
+            states = inner.write(states, embeds[:, turn], mask[:, turn])
+    labels = batch["labels"]
+    is_read = (labels[..., 1:] != -100).any(-1)
+    hidden_states = inner.decode(embeds[is_read], torch.stack(read, dim=1)[is_read], mask[is_read])
+    return _cross_entropy(model, hidden_states, labels[is_read])
+
+
+class TrainingSteps(Dataset):
+    """One item is one step's list of episodes, a function of its index alone, so that a run resumes exactly."""
+
+    def __init__(self, episodes: Episodes, steps: int, options: UpcycleArguments):
+        self.episodes, self.labelled_share = episodes, options.labelled_share
+        batch_tokens = options.tokens_per_step
+        epochs = (bucket_by_turns(episodes.sizes, max_batch_tokens=batch_tokens, epoch=epoch) for epoch in count())
+        self.steps = list(islice(chain.from_iterable(epochs), steps))
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        rng = Random(index)
+        features = [self._feature(episode, rng) for episode in self.steps[index]]
+        if all(label == -100 for feature in features for row in feature["labels"] for label in row):
+            # a step needs something to learn
+            features[0]["labels"] = self.episodes[self.steps[index][0]]["labels"]
+        return features
+
+    def _feature(self, index: int, rng: Random) -> dict[str, Any]:
+        feature, recall = self.episodes[index], self.episodes.recall_labels[index]
+        if recall is None:
+            return feature | {"recall_labels": [[-100] * len(row) for row in feature["labels"]]}
+        labels = [
+            row if max(recalled) >= 0 or rng.random() < self.labelled_share else [-100] * len(row)
+            for row, recalled in zip(feature["labels"], recall, strict=True)
+        ]
+        return feature | {"labels": labels, "recall_labels": recall}
+
+
+@dataclass
+class StepCollator:
+    """A batch of one item, which is a list of episodes; `recall_labels` are padded as `labels` are."""
+
+    pad_token_id: int
+
+    def __call__(self, features: Sequence[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
+        (episodes,) = features
+        pad = RxTEpisodeCollator(self.pad_token_id)
+        plain = [{name: episode[name] for name in ("input_ids", "labels")} for episode in episodes]
+        recall = [{"input_ids": episode["input_ids"], "labels": episode["recall_labels"]} for episode in episodes]
+        return pad(plain) | {"recall_labels": pad(recall)["labels"]}
+
+
+class UpcycleTrainer(Trainer):
+    """Mean loss of the labelled tokens, in which recalled ones count `1 + recall_weight` times."""
+
+    recall_weight = 0.0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels, recall = inputs["labels"], inputs["recall_labels"]
+        base = self.accelerator.unwrap_model(model).get_base_model()
+        # the model's own forward, which has its autocast, is not what is called here
+        with self.accelerator.autocast():
+            losses = token_losses(base, inputs)
+        is_recalled = (recall[..., 1:] != -100)[labels[..., 1:] != -100]
+        weights = 1.0 + self.recall_weight * is_recalled
+        return (losses * weights).sum() / weights.sum()
+
+
+def recall_batches(
+    tokenizer: PreTrainedTokenizerFast, dialogues: Sequence[Mapping[str, Any]], *, max_tokens: int, batch_tokens: int
+) -> list[dict[str, torch.Tensor]]:
+    """Batches of whole dialogues whose labels are recalled words; `distances` of them are indices into `DISTANCES`."""
+    by_distance = [
+        Episodes(tokenizer, _recalled_at(dialogues, *limits), max_tokens=max_tokens) for limits in DISTANCES
+    ]
+    episodes, pad = by_distance[0], RxTEpisodeCollator(tokenizer.pad_token_id)
+    largest = max(turns * width for turns, width in episodes.sizes)
+    batches = []
+    for indices in bucket_by_turns(episodes.sizes, max_batch_tokens=max(batch_tokens, largest)):
+        inputs = [episodes[index]["input_ids"] for index in indices]
+        labels = [
+            pad(
+                [
+                    {"input_ids": ids, "labels": found.recall_labels[index]}
+                    for ids, index in zip(inputs, indices, strict=True)
+                ]
+            )
+            for found in by_distance
+        ]
+        found = torch.stack([batch["labels"] for batch in labels])
+        distances = (found != -100).long().argmax(0)
+        batches.append(labels[0] | {"labels": found.amax(0), "distances": distances})
+    return [batch for batch in batches if (batch["labels"] != -100).any()]
+
+
+def _recalled_at(dialogues: Iterable[Mapping[str, Any]], low: int, high: int) -> Iterator[dict[str, Any]]:
+    for dialogue in dialogues:
+        spans = [
+            [span for span in turn.get("recall") or [] if low <= span[2] <= high] for turn in dialogue["interactions"]
+        ]
+        yield {
+            "interactions": [
+                turn | {"recall": kept} for turn, kept in zip(dialogue["interactions"], spans, strict=True)
+            ]
+        }
+
+
+@torch.no_grad()
+def recall_losses(
+    model: RxTForCausalLM, batches: Iterable[Mapping[str, torch.Tensor]], memory: Memory = "own"
+) -> dict[str, list]:
+    """`[nats per token, tokens]` of the words that only earlier turns tell: of all, and by distance in turns."""
+    model.eval()
+    losses, distances = [], []
+    for batch in batches:
+        if memory == "shuffled" and len(batch["labels"]) < 2:
+            # there is no other dialogue in it
+            continue
+        losses.append(token_losses(model, {name: tensor.to(model.device) for name, tensor in batch.items()}, memory))
+        distances.append(batch["distances"][..., 1:][batch["labels"][..., 1:] != -100])
+    return _by_distance(losses, distances)
+
+
+@torch.no_grad()
+def source_losses(
+    source: Any,
+    source_tokenizer: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    *,
+    history: bool,
+) -> dict[str, list]:
+    """The same of the language model in its own chat template, which sees the turns before or the query alone."""
+    source.eval()
+    pieces, losses, distances = _template_pieces(source_tokenizer, tokenizer), [], []
+    for batch in batches:
+        columns = [batch[name].tolist() for name in ("input_ids", "attention_mask", "labels", "distances")]
+        for episode in zip(*columns, strict=True):
+            turns = [_in_template(*turn, pieces) for turn in zip(*episode, strict=True)]
+            for row in [list(chain.from_iterable(turns))] if history else turns:
+                ids, labels, kinds = torch.tensor(row or [[0, -100, 0]], device=source.device).T.unsqueeze(1)
+                is_target = labels[:, 1:] != -100
+                if is_target.any():
+                    losses.append(_cross_entropy(source, source.model(ids).last_hidden_state, labels))
+                    distances.append(kinds[:, 1:][is_target])
+    return _by_distance(losses, distances)
+
+
+def _template_pieces(source_tokenizer: Any, tokenizer: Any) -> dict[int, list[int]]:
+    """What the language model's chat template says in place of our control tokens."""
+    said = [{"role": role, "content": "@@"} for role in ("user", "assistant") * 2]
+    _, answer, query, _, end = source_tokenizer.apply_chat_template(said, tokenize=False).split("@@")
+    texts = {"[BOS]": "", "[Q]": query.removeprefix(end), "[A]": answer, "[EOS]": end}
+    encode = partial(source_tokenizer.encode, add_special_tokens=False)
+    return {tokenizer.convert_tokens_to_ids(token): encode(text) for token, text in texts.items()}
+
+
+def _in_template(
+    ids: list[int], mask: list[int], labels: list[int], kinds: list[int], pieces: Mapping[int, list[int]]
+):
+    """`[id, label, distance]` of each token."""
+    return [
+        row
+        for token, is_real, label, kind in zip(ids, mask, labels, kinds, strict=True)
+        if is_real
+        for row in ([[piece, -100, 0] for piece in pieces[token]] if token in pieces else [[token, label, kind]])
+    ]
+
+
+def _cross_entropy(model: Any, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Of each label but -100; only there the head is computed."""
+    is_target = labels[:, 1:] != -100
+    logits = model.lm_head(hidden_states[:, :-1][is_target]).float()
+    return F.cross_entropy(logits, labels[:, 1:][is_target], reduction="none")
+
+
+def _by_distance(losses: list[torch.Tensor], distances: list[torch.Tensor]) -> dict[str, list]:
+    values, kinds = torch.cat(losses).double().cpu(), torch.cat(distances).cpu()
+    chosen = {"all": kinds >= 0} | {f"{low}-{high}": kinds == kind for kind, (low, high) in enumerate(DISTANCES)}
+    return {
+        name: [round(values[rows].mean().item(), 4), int(rows.sum())] for name, rows in chosen.items() if rows.any()
+    }
+
+
+def sampled(folder: str, split: str, number: int | None) -> list[dict[str, Any]]:
+    """All dialogues of a split, or so many of them, the same ones every time: files are sorted by topic."""
+    dialogues = list(read_episodes(folder, split))
+    return dialogues if number is None else Random(0).sample(dialogues, min(number, len(dialogues)))
+
+
+def measure(
+    model: RxTForCausalLM, tokenizer: PreTrainedTokenizerFast, options: UpcycleArguments
+) -> dict[str, dict[str, Any]]:
+    """The losses of each folder's test dialogues, and the share of the language model's gap that the memory closes."""
+    results = {}
+    for folder in options.data:
+        dialogues = sampled(folder, "test", options.test_dialogues)
+        sizes = {"max_tokens": options.tokens, "batch_tokens": options.tokens_per_step}
+        batches = recall_batches(tokenizer, dialogues, **sizes)
+        found = {memory: recall_losses(model, batches, memory) for memory in get_args(Memory)}
+        if options.source is not None:
+            source = AutoModelForCausalLM.from_pretrained(options.source).to(model.device)
+            source_tokenizer = AutoTokenizer.from_pretrained(options.source)
+            for name, history in (("source_query_only", False), ("source_full_history", True)):
+                found[name] = source_losses(source, source_tokenizer, tokenizer, batches, history=history)
+            found["gap_closed"] = {
+                distance: round(
+                    (without - found["own"][distance][0]) / (without - found["source_full_history"][distance][0]), 4
+                )
+                for distance, (without, _) in found["source_query_only"].items()
+            }
+        results[Path(folder).name] = found
+    return results
+
+
+def card_facts(results: Mapping[str, Mapping[str, Any]], options: UpcycleArguments) -> dict[str, Any]:
+    """What `rxt_hf.hub.model_card` takes: lineage, and every figure of [`measure`] over all distances."""
+    figures = [
+        {
+            "dataset_name": name,
+            "dataset_type": name,
+            "dataset_split": "test",
+            "metric_type": "loss",
+            "metric_name": f"nats per recalled token, {arm.replace('_', ' ')}{' memory' * (arm in get_args(Memory))}",
+            "metric_value": losses["all"][0],
+        }
+        for name, found in results.items()
+        for arm, losses in found.items()
+        if arm != "gap_closed"
+    ]
+    return {"base_model": Path(options.source or options.model).name, "datasets": list(results), "results": figures}
+
+
+def main(argv: list[str] | None = None) -> None:
+    from peft import get_peft_model
+
+    parser = HfArgumentParser(cast("Any", (UpcycleArguments, TrainingArguments)))
+    parser.set_defaults(**RECIPE)
+    options, args = cast("tuple[UpcycleArguments, TrainingArguments]", parser.parse_args_into_dataclasses(argv))
+    folder = Path(str(args.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
+    model = RxTForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    torch.manual_seed(args.seed)
+    dialogues = chain.from_iterable(sampled(path, "train", options.dialogues) for path in options.data)
+    episodes = Episodes(tokenizer, dialogues, max_turns=options.turns, max_tokens=options.tokens)
+    rank = options.lora_rank
+    adapted: Any = get_peft_model(model, adapter_config(model, tokenizer, r=rank, lora_alpha=2 * rank))
+    trainer = UpcycleTrainer(
+        model=adapted,
+        args=args,
+        train_dataset=TrainingSteps(episodes, args.max_steps, options),
+        data_collator=StepCollator(tokenizer.pad_token_id),
+        callbacks=[CpuBudget(folder, options.cpu_seconds)],
+    )
+    trainer.recall_weight = options.recall_weight
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    trainer.save_model()
+    trainer.save_state()
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    results = measure(merged, tokenizer, options)
+    for name, content in (("recall.json", results), ("card.json", card_facts(results, options))):
+        (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

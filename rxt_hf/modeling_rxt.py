@@ -176,11 +176,17 @@ class RxTRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        freqs = position_ids[:, None, :, None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
-        cos, sin = freqs.cos() * self.attention_scaling, freqs.sin() * self.attention_scaling
-        # one table for every layer, of (batch, 1, tokens, head_dim), with the sign of the rotation in the sine
-        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        emb = torch.cat((freqs, freqs), dim=-1)
+        cos = emb.cos() * self.attention_scaling
+        sin = emb.sin() * self.attention_scaling
         return cos.to(dtype=x.dtype), sin.to(dtype=x.dtype)
+
+
+def rotary_tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What every layer rotates by, made once: (batch, 1, tokens, head_dim), the rotation's sign in the sine."""
+    first, second = sin.chunk(2, dim=-1)
+    return cos.unsqueeze(1), torch.cat((-first, second), dim=-1).unsqueeze(1)
 
 
 def rotate(states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -798,7 +804,7 @@ class RxTModel(RxTPreTrainedModel):
             # a row without a token would attend to nothing; what it encodes is thrown away by the write
             attention_mask = attention_mask.bool() | ~attention_mask.any(dim=-1, keepdim=True)
         position_ids = positions_in_interaction(attention_mask, inputs_embeds)
-        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        position_embeddings = rotary_tables(*self.rotary_emb(inputs_embeds, position_ids))
         return self.memory_encoder(inputs_embeds, attention_mask, position_embeddings), position_embeddings
 
     def write(
@@ -979,7 +985,7 @@ class RxTModel(RxTPreTrainedModel):
                 encoder_hidden_states=memory_states[:, 0],
             )
         hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        position_embeddings = rotary_tables(*self.rotary_emb(hidden_states, position_ids))
         for layer_idx, layer in enumerate(self.layers):
             hidden_states = layer(
                 hidden_states,

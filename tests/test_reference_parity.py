@@ -248,9 +248,8 @@ class ExactRotaryEmbedding(nn.Module):
         self.frequencies = config.rope_parameters["rope_theta"] ** (-j / config.head_dim)
 
     def forward(self, x, position_ids):
-        angles = position_ids[:, None, :, None] * self.frequencies
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+        angles = (position_ids[..., None] * self.frequencies).repeat(1, 1, 2)
+        return angles.cos(), angles.sin()
 
 
 def make_pair(options):

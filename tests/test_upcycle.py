@@ -48,7 +48,7 @@ EPISODES = torch.randint(0, VOCABULARY, (2, 3, 9), generator=torch.Generator().m
 
 
 def train(model, steps):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3, weight_decay=0.1)
     for _ in range(steps):
         model(input_ids=EPISODES, labels=EPISODES).loss.backward()
         optimizer.step()
@@ -64,6 +64,7 @@ def computed(model):
 
 @pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
 def test_adapter_trains_the_memory_and_new_rows_alone_saves_them_alone_and_merges(tokenizer, is_tied, tmp_path):
+    torch.manual_seed(0)
     source, model = make_source(is_tied).state_dict(), converted(is_tied)
     before = computed(model)
     adapted = peft.get_peft_model(model, adapter_config(model, tokenizer, r=2))
@@ -213,6 +214,15 @@ def test_every_step_has_something_to_learn(tokenizer):
     assert all(max(rows) >= 0 for rows in labels)
     # the dialogue with recalled words needs no answer without them
     assert sorted(rows for rows in labels if len(rows) == 3)[0][:2] == [-100, -100]
+
+
+def test_steps_are_a_function_of_their_index_alone(tokenizer):
+    options = upcycle.UpcycleArguments(model="", data=[], labelled_share=0.5)
+    episodes = Episodes(tokenizer, [{"interactions": DIALOGUE}] * 8)
+    first, second = (upcycle.TrainingSteps(episodes, 4, options) for _ in range(2))
+    for index in (3, 0, 3):
+        assert first[index] == second[index]
+    assert len({str(item["labels"]) for item in first[0]}) > 1
 
 
 def test_recipe_trains_resumes_and_reports_recall_by_distance(tokenizer, data, tmp_path, monkeypatch):

@@ -75,3 +75,16 @@ def test_costs_of_a_turn_are_shown_as_they_were_measured():
         for found in (ratios, sparse):
             share = found[f"decode_share_of_current_turn_at_batch_{batch_size}_eager"]
             assert f"{share:.2f}" in readme
+
+
+def test_recall_in_fewer_bits_is_shown_as_it_was_measured():
+    arms = json.loads((RESULTS / "quantized_recall.json").read_text())["arms"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    shown = {"float32": "{} in float32", "int8 weights (torchao)": "{} with int8 weights (torchao)"}
+    shown |= {
+        "nf4 weights (bitsandbytes)": "{} with nf4 weights",
+        "int8 memory": "{} with a memory that goes through int8",
+    }
+    for arm, words in shown.items():
+        (recall,) = (row["recall"] for row in arms[arm]["recall"] if row["turns"] == 8)
+        assert words.format(f"{recall + 1e-9:.3f}") in readme, arm

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 FOLDER = Path(__file__).parent.parent / "examples"
-NAMES = ("chat", "finetune_peft", "finetune_trainer", "train_from_scratch")
+NAMES = ("chat", "finetune_peft", "finetune_trainer", "train_from_scratch", "upcycle_smollm2")
 
 
 def source_and_docstring(name):

@@ -3,7 +3,11 @@
 
 import copy
 import json
+import re
+import runpy
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -265,3 +269,18 @@ def test_recipe_trains_resumes_and_reports_recall_by_distance(tokenizer, data, t
     assert f"| nats per recalled token, own memory | {data.name}, test | {own} |" in card
     assert f"| nats per recalled token, source query only | {data.name}, test | {without} |" in card
     assert "made from source" in card
+
+
+def test_example_ends_as_it_promises(tokenizer, data, tmp_path, monkeypatch, capsys):
+    path = Path(__file__).parent.parent / "examples" / "upcycle_smollm2.py"
+    make_source().save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    options = ["--model", tmp_path / "source", "--data", data, "--memory-layers", 0, 2, "--max-steps", 2]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in (path, *options, "--output-dir", tmp_path / "out")])
+    runpy.run_path(str(path), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert "largest difference of logits between the language model and the RxT: 0.0" in lines
+    promised = re.search(r"a line like\n\n    (.+)", path.read_text())[1]
+    assert re.sub(r"\d+", "N", lines[-1]) == re.sub(r"\d+", "N", promised)
+    model = from_llm(make_source(), num_memory_slots=32, memory_layers=[0, 2], tokenizer=tokenizer)
+    assert peft.PeftModel.from_pretrained(model, tmp_path / "out")

@@ -10,11 +10,9 @@ measured. About 15 minutes on one core.
 
 import argparse
 import json
-import platform
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import rxt_hf
@@ -22,23 +20,12 @@ from rxt_hf.chat_template import encode_interactions
 from rxt_hf.data.collator import RxTEpisodeCollator
 from rxt_hf.data.facts import generate_dialogue
 from rxt_hf.evaluation.recall import FIRST_TEST_SEED, answer_perplexity, effective_rank, recall
+from rxt_hf.evaluation.speed import environment
 
 # turns of a dialogue, and how many dialogues give a few hundred questions
 DIALOGUES = {4: 400, 8: 200, 16: 120, 32: 60, 64: 40}
 CASES = [("seen", turns) for turns in (8, 16, 32, 64)]
 CASES += [("unseen", 8), ("unseen", 16), ("unseen", 32), ("open", 4), ("open", 8), ("open", 16)]
-
-
-def environment() -> dict:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "rxt_hf": rxt_hf.__version__,
-        "device": "cpu",
-        "machine": platform.machine(),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def measure(model, tokenizer, share: float, *, full_history: bool = False, cases=CASES, control="none") -> dict:
@@ -64,14 +51,16 @@ def measure(model, tokenizer, share: float, *, full_history: bool = False, cases
     return result
 
 
-def training_seconds(folder: str) -> float | None:
+def training(folder: str) -> dict:
     """What the training run wrote down, if this is its folder or the demo's."""
     if Path(folder) == rxt_hf.DEMO:
-        return json.loads(Path(__file__).with_name("results").joinpath("demo_training.json").read_text())[
-            "cpu_seconds"
-        ]
-    path = Path(folder, "cpu_seconds.txt")
-    return float(path.read_text()) if path.exists() else None
+        run = json.loads(Path(__file__).with_name("results").joinpath("demo_training.json").read_text())
+        return {"training_cpu_seconds": run["cpu_seconds"], "training_steps": run["steps"]}
+    if not Path(folder, "cpu_seconds.txt").exists():
+        return {"training_cpu_seconds": None, "training_steps": None}
+    state = json.loads(Path(folder, "trainer_state.json").read_text())
+    seconds = float(Path(folder, "cpu_seconds.txt").read_text())
+    return {"training_cpu_seconds": seconds, "training_steps": state["global_step"]}
 
 
 @torch.no_grad()
@@ -142,7 +131,6 @@ def measure_rxt(folder: str, share: float) -> dict:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = load(folder)
     arms = {"rxt": measure(model, tokenizer, share)}
-    arms["rxt"]["training_cpu_seconds"] = training_seconds(folder)
     arms["rxt"]["memory_bytes"] = model.init_stm(1).nbytes
     arms["rxt"]["effective_rank_by_turn"] = ranks(model, tokenizer)
     for control in ("other_memory", "cleared_memory"):
@@ -152,8 +140,7 @@ def measure_rxt(folder: str, share: float) -> dict:
 
 def measure_history(folder: str, share: float, *, full_history: bool) -> dict:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    result = measure(load(folder), tokenizer, share, full_history=full_history)
-    return result | {"training_cpu_seconds": training_seconds(folder)}
+    return measure(load(folder), tokenizer, share, full_history=full_history)
 
 
 def load(folder: str):
@@ -170,13 +157,16 @@ def main() -> None:
     options = parser.parse_args()
     path = Path(options.output)
     report = json.loads(path.read_text()) if path.exists() else {}
-    report["environment"] = environment()
+    report["environment"] = environment("cpu")
     report["share_of_dialogues"] = options.share
     if "rxt" not in report:
         report |= measure_rxt(options.model, options.share)
+    report["rxt"] |= training(options.model)
     for arm, folder in (("full_history", options.full_history), ("current_turn", options.current_turn)):
         if folder is not None and arm not in report:
             report[arm] = measure_history(folder, options.share, full_history=arm == "full_history")
+        if folder is not None:
+            report[arm] |= training(folder)
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
     if {"full_history", "current_turn"} <= report.keys():

@@ -19,12 +19,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from fact_recall import DIALOGUES, environment
+from fact_recall import DIALOGUES
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, TorchAoConfig
 
 import rxt_hf
 from rxt_hf import STMCache
 from rxt_hf.evaluation.recall import recall
+from rxt_hf.evaluation.speed import environment
 
 LENGTHS = (8, 16)
 

@@ -23,8 +23,8 @@ CONTROL_TOKENS: dict[str, str] = {
 # Text that spells a control token gets the noncharacter U+FDD0 behind its "[" and then matches no control token; the
 # tokenizer's normalizer, which runs after that match, removes it. A "[" that U+FDD0 follows already is escaped too:
 # the normalizer takes away exactly what was put in, and the model sees every text as it was typed.
-_ESCAPE = "\ufdd0"
-_ESCAPES = {f"[{rest}": f"[{_ESCAPE}{rest}" for rest in (_ESCAPE, *(text[1:] for text in CONTROL_TOKENS.values()))}
+ESCAPE = "\ufdd0"
+_ESCAPES = {f"[{rest}": f"[{ESCAPE}{rest}" for rest in (ESCAPE, *(text[1:] for text in CONTROL_TOKENS.values()))}
 _ESCAPE_FILTERS = "".join(f" | replace({text!a}, {escaped!a})" for text, escaped in _ESCAPES.items())
 
 # The parts of a message are joined before they are escaped: "[" and "A]" are harmless, "[A]" is not.
@@ -173,7 +173,7 @@ def encode_interactions(
             f"and {len(columns[0])} instructions."
         )
     batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for instruction, query, answer in zip(*(_encode_texts(tokenizer, column) for column in columns), strict=True):
+    for instruction, query, answer in zip(*(encode_texts(tokenizer, column) for column in columns), strict=True):
         before_query = [bos] if instruction is None else [bos, instruction_id, *instruction]
         prompt = [*before_query, query_id, *query, answer_id]
         target = [] if answer is None else [*answer, eos]
@@ -202,7 +202,7 @@ def _added_tokens() -> list[AddedToken]:
 
 def _with_template(backend: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
     # Only U+FDD0 is replaced, not "[" with it: the offsets of "[" stay, and assistant masks find it.
-    unescape = normalizers.Replace(Regex(rf"(?<=\[){_ESCAPE}"), "")
+    unescape = normalizers.Replace(Regex(rf"(?<=\[){ESCAPE}"), "")
     backend.normalizer = normalizers.Sequence([unescape, *([backend.normalizer] if backend.normalizer else [])])
     standard = {
         name: text
@@ -221,17 +221,19 @@ def _with_template(backend: Tokenizer, max_length: int) -> PreTrainedTokenizerFa
     )
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
+    """The text with `ESCAPE` in everything that spells a control token."""
     if "[" in text:
         for spelled, escaped in _ESCAPES.items():
             text = text.replace(spelled, escaped)
     return text
 
 
-def _encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str | None]) -> list[list[int] | None]:
+def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str | None]) -> list[list[int] | None]:
+    """Token ids of each text, without control tokens; `None` stays `None`."""
     # The escape does here what split_special_tokens=True would do, without that flag's write to the backend which
     # every thread shares.
-    given = [_escape(text) for text in texts if text is not None]
+    given = [escape(text) for text in texts if text is not None]
     if not given:
         return [None] * len(texts)
     encoded = iter(tokenizer(given, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -116,7 +116,7 @@ def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     if args.seed is not None:
         set_seed(args.seed)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with _refused(f"Cannot load the model {folder!r}"):
         model_type = AutoConfig.from_pretrained(folder).model_type
         if model_type != "rxt":
             raise ValueError(f'it holds a model of type "{model_type}", not an RxT')
@@ -125,9 +125,18 @@ def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
         if info["missing_keys"]:
             raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]}")
         return model.to(device), AutoTokenizer.from_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _refused(what: str) -> Generator[None, None, None]:
+    """
+    One sentence for whatever is wrong with a folder that is read. No narrower class has all of it: tokenizers raises
+    plain `Exception` for a damaged tokenizer.json, and the error of safetensors derives from nothing else.
+    """
+    try:
+        yield
     except Exception as error:
-        # a damaged folder fails in any library below, with any exception
-        raise ValueError(f"Cannot load the model {folder!r}: {_sentence(error)}") from error
+        raise ValueError(f"{what}: {_sentence(error)}") from error
 
 
 def _generate_kwargs(args: argparse.Namespace) -> dict[str, Any]:
@@ -232,11 +241,8 @@ def _convert(args: argparse.Namespace) -> int:
     from .hub import export, model_card
 
     logging.disable_progress_bar()
-    try:
+    with _refused(f"Cannot convert {source!r}"):
         model, tokenizer, facts = _converted(source, args)
-    except Exception as error:
-        # as in _load_model: a damaged folder fails anywhere
-        raise ValueError(f"Cannot convert {source!r}: {_sentence(error)}") from error
     base_model = source if source == args.model and not Path(source).is_dir() else Path(source).resolve().name
     export(model, folder, tokenizer, card=model_card(model, folder.name, base_model=base_model, **facts))
     memory = f"{model.config.num_memory_layers} layers of {model.config.num_memory_slots} slots"
@@ -394,7 +400,7 @@ class _Chat:
         except BrokenPipeError:
             raise
         except Exception as error:
-            # the memory of the conversation is worth more than a traceback
+            # this process holds the only copy of the conversation's memory: no line typed may end it
             self.say(_sentence(error))
 
     def answer(self, query: str) -> None:

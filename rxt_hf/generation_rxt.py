@@ -57,14 +57,16 @@ class RxTGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
     stm_cache: STMCache | None = None
 
 
-def interaction_mask(sequences, prompt_mask, eos_token_ids, pad_token_id):
-    """1 at the prompt's tokens and at the answer's, up to and including the first end token; 0 behind it."""
-    answer = sequences[:, prompt_mask.shape[1] :]
-    ends = torch.isin(answer, torch.tensor(eos_token_ids, dtype=answer.dtype, device=answer.device))
-    after_end = (ends.cumsum(-1) - ends.long()) > 0
-    if pad_token_id is not None and pad_token_id not in eos_token_ids:
-        after_end |= (answer == pad_token_id).flip(-1).cumprod(-1).flip(-1).bool()
-    return torch.cat([prompt_mask.to(torch.long), (~after_end).long()], dim=-1)
+def answer_mask(answers, generation_config, stopping_criteria=None):
+    """1 at what of the answers is written into the memory: up to and including the first end token of each row."""
+    ends, pad = _as_list(generation_config.eos_token_id), generation_config.pad_token_id
+    is_end = torch.isin(answers, torch.tensor(ends, dtype=answers.dtype, device=answers.device))
+    after_end = (is_end.cumsum(-1) - is_end.long()) > 0
+    # of many rows, those that another criterion than the end token stopped are filled up with padding
+    may_fill = len(answers) > 1 and (stopping_criteria or generation_config.stop_strings)
+    if may_fill and pad is not None and pad not in ends:
+        after_end |= (answers == pad).flip(-1).cumprod(-1).flip(-1).bool()
+    return (~after_end).long()
 
 
 class RxTGenerationMixin(GenerationMixin):
@@ -132,10 +134,13 @@ class RxTGenerationMixin(GenerationMixin):
         copies = output.sequences.shape[0] // batch_size
         if copies > 1:
             stm_cache, prompt_mask = stm_cache.repeat(copies), prompt_mask.repeat_interleave(copies, dim=0)
-        # of many rows, those that another criterion than the end token stopped are filled up with padding
-        may_fill = len(output.sequences) > 1 and (kwargs.get("stopping_criteria") or config.stop_strings)
-        fill = config.pad_token_id if may_fill else None
-        turn = (stm_cache, output.sequences, ids, embeds, prompt_mask, _as_list(config.eos_token_id), fill)
+        written, start = output.sequences, prompt_mask.shape[1]
+        if embeds is not None:
+            # the sequences do not hold a prompt of embeddings, but ids that were given beside them
+            written, start = written[:, 0 if ids is None else ids.shape[1] :], 0
+            embeds = embeds.repeat_interleave(copies, dim=0)
+        mask = answer_mask(written[:, start:], config, kwargs.get("stopping_criteria"))
+        turn = (stm_cache, written, torch.cat([prompt_mask.to(mask), mask], dim=1), embeds)
         if update_memory == "async":
             stm_cache = self._write_turn_async(*turn)
         elif update_memory:
@@ -172,18 +177,12 @@ class RxTGenerationMixin(GenerationMixin):
             return (ids != pad).long()
         return torch.ones(shape, dtype=torch.long, device=(ids if embeds is None else embeds).device)
 
-    def _write_turn(self, stm_cache, sequences, ids, embeds, prompt_mask, ends, pad):
-        """Writes prompt and answer, up to each row's own end, into the memory."""
+    def _write_turn(self, stm_cache, ids, mask, embeds):
+        """Writes prompt and answer, up to each row's own end, into the memory; `embeds` stand before the ids."""
         if embeds is None:
-            mask = interaction_mask(sequences, prompt_mask, ends, pad)
-            return self.update_memory(stm_cache, sequences, mask.to(sequences.device))
-        answer = sequences if ids is None else sequences[:, ids.shape[1] :]
-        answer_mask = interaction_mask(answer, prompt_mask[:, :0], ends, pad)
-        copies = answer.shape[0] // embeds.shape[0]
-        embeds = torch.cat([embeds.repeat_interleave(copies, dim=0), self.get_input_embeddings()(answer)], dim=1)
-        return self.update_memory(
-            stm_cache, inputs_embeds=embeds, attention_mask=torch.cat([prompt_mask, answer_mask], 1)
-        )
+            return self.update_memory(stm_cache, ids, mask)
+        embeds = torch.cat([embeds, self.get_input_embeddings()(ids)], dim=1)
+        return self.update_memory(stm_cache, inputs_embeds=embeds, attention_mask=mask)
 
     def _write_turn_async(self, *turn) -> PendingSTMCache:
         """The same write in another thread, under this thread's autocast and after this thread's GPU work."""

@@ -867,17 +867,30 @@ class RxTModel(RxTPreTrainedModel):
         if inputs_embeds.dim() == 4:
             if past_key_values is not None:
                 raise ValueError("An episode of (batch, turns, tokens) keeps no past_key_values; pass one turn.")
+            if memory_mask is not None:
+                raise ValueError("memory_mask is for one turn under a given memory; an episode reads what it writes.")
             states, turns, fingerprint = self._read(stm_cache, batch_size)
             if write_mask is None:
                 write_mask = attention_mask
             else:
                 write_mask = write_mask.unsqueeze(-1).expand(inputs_embeds.shape[:-1])
                 write_mask = write_mask if attention_mask is None else write_mask * attention_mask
-            hidden_states, states = self._episode(inputs_embeds, attention_mask, write_mask, states, **kwargs)
+            read_states, states = self.read_states(inputs_embeds, attention_mask, write_mask, states)
+            mask = None if attention_mask is None else attention_mask.flatten(0, 1)
+            hidden_states = self.decode(inputs_embeds.flatten(0, 1), read_states.flatten(0, 1), mask, **kwargs)
             written = inputs_embeds.shape[1] if write_mask is None else write_mask.any(-1).sum(-1)
-            stm_cache = STMCache(states, turns=turns.to(states.device) + written, fingerprint=fingerprint)
-            return RxTModelOutputWithPast(last_hidden_state=hidden_states, stm_cache=stm_cache)
+            return RxTModelOutputWithPast(
+                last_hidden_state=hidden_states.unflatten(0, inputs_embeds.shape[:2]),
+                stm_cache=STMCache(states, turns=turns.to(states.device) + written, fingerprint=fingerprint),
+            )
 
+        if write_mask is not None:
+            raise ValueError("write_mask is for an episode of (batch, turns, tokens); one turn writes nothing here.")
+        if memory_mask is not None and not isinstance(stm_cache, torch.Tensor):
+            raise ValueError(
+                "memory_mask needs an stm_cache that is a tensor of (batch_size, layers, slots, hidden_size), "
+                f"got {type(stm_cache).__name__}."
+            )
         if use_cache and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
         states = None
@@ -932,21 +945,27 @@ class RxTModel(RxTPreTrainedModel):
         ends = self.config.bptt_turns and turn and turn % self.config.bptt_turns == 0
         return states.detach() if ends else states
 
-    def _episode(self, inputs_embeds, attention_mask, write_mask, states, **kwargs):
+    def read_states(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        write_mask: torch.Tensor | None,
+        states: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        All turns at once: encode every turn, write them one after the other, then decode each turn under the memory
-        of the turns before it. The same numbers as turn by turn, with only the writes in sequence.
+        What each turn of an episode `inputs_embeds` of (batch_size, turns, tokens, hidden_size) reads, of
+        (batch_size, turns, num_memory_layers, num_memory_slots, hidden_size), and the memory after the last. The same
+        numbers as turn by turn: all turns are encoded at once, and only the writes are in sequence. `write_mask`, as
+        `attention_mask` of (batch_size, turns, tokens), is 0 at tokens that are not written.
         """
-        batch_size, turns, tokens, width = inputs_embeds.shape
-        flat_embeds = inputs_embeds.reshape(batch_size * turns, tokens, width)
-        flat_mask = None if attention_mask is None else attention_mask.reshape(batch_size * turns, tokens)
-        read_states = []
-        for turn, keys_values in enumerate(by_turn(self.encode(flat_embeds, flat_mask), turns)):
-            read_states.append(states)
+        flat_mask = None if attention_mask is None else attention_mask.flatten(0, 1)
+        keys_values_by_turn = by_turn(self.encode(inputs_embeds.flatten(0, 1), flat_mask), inputs_embeds.shape[1])
+        read = []
+        for turn, keys_values in enumerate(keys_values_by_turn):
+            read.append(states)
             turn_mask = None if write_mask is None else write_mask[:, turn]
             states = self._write(self._carried(states, turn), keys_values, turn_mask)
-        hidden_states = self.decode(flat_embeds, torch.stack(read_states, dim=1).flatten(0, 1), flat_mask, **kwargs)
-        return hidden_states.unflatten(0, (batch_size, turns)), states
+        return torch.stack(read, dim=1), states
 
     def decode(
         self,

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCrit
 from transformers.utils import logging
 
 from .cache_rxt import PendingSTMCache, StateError, STMCache, as_stm_cache, write_atomically
-from .generation_rxt import interaction_mask
+from .generation_rxt import answer_mask
 from .modeling_rxt import RxTForCausalLM
 
 logger = logging.get_logger(__name__)
@@ -287,7 +287,8 @@ class RxTSession:
         try:
             state.memory.wait()
         except Exception:
-            # whatever the write died of, the memory before it is good
+            # the error of the write itself, raised again: the memory before it is good. An interrupt of this wait,
+            # which is no Exception, says nothing about the write and takes nothing back
             self._state = _State(state.base, state.previous or state.base, state.log[:-1])
             raise
         return state
@@ -460,7 +461,9 @@ def send_batch(sessions: Sequence[RxTSession], texts: Sequence[str], **generate_
         )
         if len(output.sequences) != len(sessions):
             raise ValueError(f"send_batch takes one answer a session, got {len(output.sequences)} sequences.")
-        written = _written_mask(model, output.sequences, mask, kwargs[0])
+        config, _ = model._prepare_generation_config(**{"generation_config": None, **kwargs[0]})
+        spoken = answer_mask(output.sequences[:, mask.shape[1] :], config, kwargs[0].get("stopping_criteria"))
+        written = torch.cat([mask, spoken], dim=1).bool()
         answers, after = [], []
         for row, (session, state) in enumerate(zip(sessions, states, strict=True)):
             token_ids = output.sequences[row][written[row]].tolist()
@@ -499,18 +502,6 @@ def _left_padded(rows: list[torch.Tensor], pad_token_id: int) -> tuple[torch.Ten
         pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side="left"),
         pad_sequence(mask, batch_first=True, padding_side="left"),
     )
-
-
-def _written_mask(
-    model: Any, sequences: torch.Tensor, prompt_mask: torch.Tensor, kwargs: dict[str, Any]
-) -> torch.Tensor:
-    """True at the tokens that `generate` with these arguments writes into the memory."""
-    kwargs = dict(kwargs)
-    config, _ = model._prepare_generation_config(kwargs.pop("generation_config", None), **kwargs)
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    may_fill = len(sequences) > 1 and (kwargs.get("stopping_criteria") or config.stop_strings)
-    fill = config.pad_token_id if may_fill else None
-    return interaction_mask(sequences, prompt_mask, [end for end in ends if end is not None], fill).bool()
 
 
 def _row_of(batch: STMCache, row: int) -> STMCache:

@@ -9,9 +9,9 @@ import pickle
 import random
 import subprocess
 import sys
-import threading
 import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -769,22 +769,16 @@ def test_a_save_keeps_the_permissions_and_the_link(tmp_path):
 
 @pytest.mark.skipif(cache_rxt.fcntl is None, reason="concurrent saves to one path need fcntl")
 def test_threads_may_save_to_one_path(tmp_path):
-    path, errors, caches = tmp_path / "state", [], [random_cache(seed=seed) for seed in range(4)]
+    path, caches = tmp_path / "state", [random_cache(seed=seed) for seed in range(4)]
 
     def save_often(cache):
-        try:
-            for _ in range(25):
-                cache.save(path)
-                STMCache.load(path)
-        except Exception as error:
-            errors.append(error)
+        for _ in range(25):
+            cache.save(path)
+            STMCache.load(path)
 
-    threads = [threading.Thread(target=save_often, args=(cache,)) for cache in caches]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    with ThreadPoolExecutor(max_workers=4) as executor:
+        done = [executor.submit(save_often, cache) for cache in caches]
+    assert [future.exception() for future in done] == [None] * 4
     assert any(torch.equal(STMCache.load(path).states, cache.states) for cache in caches)
     assert os.listdir(tmp_path) == ["state"]
 

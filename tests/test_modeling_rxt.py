@@ -543,6 +543,22 @@ def flash_kernels(monkeypatch):
     return calls
 
 
+# ---- masks of what is read and written
+
+
+@pytest.mark.parametrize("given", [None, "cache"])
+def test_memory_mask_without_a_tensor_to_mask_is_refused(model, memory, given):
+    with pytest.raises(ValueError, match="memory_mask needs an stm_cache that is a tensor"):
+        model(IDS, stm_cache=given and memory, memory_mask=torch.ones(2, 5))
+
+
+def test_masks_of_an_episode_and_of_one_turn_are_not_taken_for_each_other(model, memory):
+    with pytest.raises(ValueError, match="write_mask is for an episode"):
+        model(IDS, stm_cache=memory, write_mask=torch.ones(2, 1))
+    with pytest.raises(ValueError, match="memory_mask is for one turn"):
+        model(IDS[:, None], stm_cache=memory, memory_mask=torch.ones(2, 5))
+
+
 # ---- compilation
 
 

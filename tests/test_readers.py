@@ -294,7 +294,7 @@ def test_packing_neither_loses_nor_doubles_a_token(tokenizer, length):
 @pytest.mark.parametrize("name", ["sgd", "star"])
 def test_real_dialogues_are_read_with_their_probes_and_recalled_words(tokenizer, name):
     if not (DATA / name).is_dir():
-        pytest.skip(f"{DATA / name} is not there")
+        pytest.skip(f"{DATA / name} is not there: these dialogues lie beside the repository, not in it")
     dialogues = [episode for episode, _ in zip(read_episodes(DATA / name, "test"), range(100), strict=False)]
     episodes = Episodes(tokenizer, dialogues, max_turns=8, max_tokens=256)
     assert len(episodes) == 100 and sum(len(dialogue["probes"]) for dialogue in episodes.dialogues) > 100

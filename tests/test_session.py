@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -226,21 +227,13 @@ def test_calls_in_the_middle_of_a_stream_by_its_own_thread_are_refused(session):
 
 
 def test_threads_take_turns_on_one_session(session):
-    errors = []
-
     def talk(name):
-        try:
-            for _ in range(4):
-                session.send(name) if name < "c" else list(session.stream(name))
-        except Exception as error:
-            errors.append(error)
+        for _ in range(4):
+            session.send(name) if name < "c" else list(session.stream(name))
 
-    threads = [threading.Thread(target=talk, args=(name,)) for name in "abcd"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    with ThreadPoolExecutor(max_workers=4) as executor:
+        done = [executor.submit(talk, name) for name in "abcd"]
+    assert [future.exception() for future in done] == [None] * 4
     assert session.turns == len(session.history) == 16
     log = session._state.log
     assert same(session._replayed(log).memory, session.stm_cache)

@@ -249,8 +249,18 @@ def test_a_missing_matplotlib_costs_one_sentence_that_names_the_extra_before_any
 
 def test_a_missing_folder_is_found_before_anything_is_measured(measured, monkeypatch, tmp_path):
     monkeypatch.setattr(speed, "bench", None)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(FileNotFoundError, match="No such file or directory"):
         measured("--output", tmp_path / "none" / "report.json")
+
+
+def test_a_failed_measurement_leaves_no_file(measured, monkeypatch, tmp_path):
+    def fail(options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(speed, "bench", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        measured("--output", tmp_path / "report.json")
+    assert not any(tmp_path.iterdir())
 
 
 def test_plot_is_a_picture_of_the_report(measured, tmp_path):

@@ -130,8 +130,7 @@ def test_a_stage_trains_exactly_the_parameters_that_get_a_gradient(stage, option
     model = STAGES[stage][0](tiny_config(**options)).train()
     set_training_stage(model, stage)
     batch = joint_batch() if stage in ("pretraining", "finetuning") else episode_batch()
-    labels = batch.setdefault("labels", batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100))
-    assert labels.shape == batch["input_ids"].shape
+    batch.setdefault("labels", batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100))
     model(**batch).loss.backward()
     wrong = [name for name, p in model.named_parameters() if p.requires_grad == (p.grad is None)]
     assert not wrong
@@ -264,5 +263,5 @@ def test_a_part_stays_bit_equal_until_its_step_and_moves_from_it():
         scheduler.step()
         for name, first in parts.items():
             assert torch.equal(model.get_parameter(name), before[name]) == (step < first), (name, step)
-    with pytest.raises(ValueError, match=r"starts with 'layers'; they start with \['lm_head|starts with 'layers'"):
+    with pytest.raises(ValueError, match="starts with 'layers'; they start with"):
         unfreezing_optimizer(model, {"layers": 1}, lambda step: 1.0)

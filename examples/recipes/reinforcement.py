@@ -9,13 +9,12 @@ after others, and measures before and after on test dialogues (`out/result.json`
 in `out`. Every argument of `TrainingArguments` can be given, such as `--max_steps 20`.
 """
 
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from preference import measured
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from preference import loaded, measured, report
+from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 import rxt_hf
@@ -63,10 +62,7 @@ def main() -> None:
     options, args = parser.parse_args_into_dataclasses()
     folder, start = Path(args.output_dir), time.process_time()
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model)
-    # at these sizes plain matrix products in bfloat16 are the fastest attention on a CPU
-    model.set_attn_implementation("eager")
+    model, tokenizer = loaded(options.model)
     before = measured(model, tokenizer, options.test_dialogues)
     trainer = ReinforcementTrainer(
         model,
@@ -77,12 +73,13 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir))
     trainer.save_model()
-    after = measured(model, tokenizer, options.test_dialogues)
-    result = {"cpu_seconds": round(time.process_time() - start, 1), "before": before, "after": after}
-    (folder / "result.json").write_text(json.dumps(result | {"log": trainer.state.log_history}, indent=1))
-    for old, new in zip(before, after, strict=True):
-        for name in ("recall", "stale", "abstention"):
-            print(f"{old['split']:5} {old['turns']:2} turns  {name:10} {old[name]} -> {new[name]}")
+    report(
+        folder / "result.json",
+        before,
+        measured(model, tokenizer, options.test_dialogues),
+        cpu_seconds=round(time.process_time() - start, 1),
+        log=trainer.state.log_history,
+    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from ..chat_template import _ESCAPE, CONTROL_TOKENS, _encode_texts, _escape, encode_interactions
+from ..chat_template import CONTROL_TOKENS, ESCAPE, encode_interactions, encode_texts, escape
 
 logger = logging.get_logger(__name__)
 
@@ -301,12 +301,12 @@ def _recall_labels(
     for turn, ids, row in zip(turns, input_ids, rows, strict=True):
         if not turn.get("recall"):
             continue
-        escaped = _escape(turn["answer"])
+        escaped = escape(turn["answer"])
         tokens = tokenizer(escaped, add_special_tokens=False, return_offsets_mapping=True)
         answer_start = ids.index(tokenizer.answer_token_id) + 1
         for position, offsets in enumerate(tokens["offset_mapping"], answer_start):
             # the spans count the characters of the answer without those of the escape
-            first, last = (offset - escaped[:offset].count(_ESCAPE) for offset in offsets)
+            first, last = (offset - escaped[:offset].count(ESCAPE) for offset in offsets)
             if any(start < last and first < end for start, end, *_ in turn["recall"]):
                 row[position] = ids[position]
     return rows
@@ -371,7 +371,7 @@ def pack_texts(
         raise ValueError(f"length={length} must be at least 1.")
     documents, waiting = iter(texts), []
     while batch := list(islice(documents, 256)):
-        for ids in _encode_texts(tokenizer, batch):
+        for ids in encode_texts(tokenizer, batch):
             waiting += [tokenizer.bos_token_id, *(ids or ()), tokenizer.eos_token_id]
         full = len(waiting) - len(waiting) % length
         for start in range(0, full, length):

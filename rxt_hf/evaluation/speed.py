@@ -19,6 +19,7 @@ State is what must be kept until the next turn: the memory, keys and values, or 
 
 import argparse
 import contextlib
+import errno
 import gc
 import itertools
 import json
@@ -545,7 +546,8 @@ def run(options: argparse.Namespace) -> int:
     if options.plot is not None:
         pyplot()
     for path in filter(None, (options.output, options.plot)):
-        open(path, "a").close()
+        if not Path(path).absolute().parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     report = bench(options)
     Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
     if options.plot is not None:

@@ -37,8 +37,8 @@ def preference_loss(chosen: torch.Tensor, rejected: torch.Tensor, loss_type: Los
     The loss of each pair, from the rewards `r = beta * log(policy / reference)` of its answers:
 
         dpo        -log sigmoid(r_chosen - r_rejected)                      arXiv 2305.18290, equation 7
-        apo_zero   sigmoid(r_rejected) - sigmoid(r_chosen)                  arXiv 2408.06266, equation 7
-        apo_down   sigmoid(r_chosen) - sigmoid(r_chosen - r_rejected)       arXiv 2408.06266, equation 8
+        apo_zero   sigmoid(r_rejected) - sigmoid(r_chosen)                  arXiv 2408.06266
+        apo_down   sigmoid(r_chosen) - sigmoid(r_chosen - r_rejected)       arXiv 2408.06266
 
     DPO sees the difference alone. `apo_zero` raises the chosen and lowers the rejected answer, for chosen answers that
     are better than the model's own; `apo_down` lowers both, the rejected one more.

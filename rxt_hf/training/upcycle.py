@@ -94,17 +94,17 @@ def token_losses(model: RxTForCausalLM, batch: Mapping[str, torch.Tensor], memor
         batch: `input_ids`, `attention_mask` and `labels` of shape `(batch_size, turns, tokens)`.
         memory: what is read: the row's own memory, the initial one, or that of the row before.
     """
-    inner, mask = model.model, batch["attention_mask"]
+    inner, mask, labels = model.model, batch["attention_mask"], batch["labels"]
     embeds = inner.embed_tokens(batch["input_ids"])
     states = inner.initial_states(len(embeds))
-    read = []
-    for turn in range(embeds.shape[1]):
-        read.append(states.roll(1, 0) if memory == "shuffled" else states)
-        if memory != "cleared":
-            states = inner.write(states, embeds[:, turn], mask[:, turn])
-    labels = batch["labels"]
+    if memory == "cleared":
+        read = states.unsqueeze(1).expand(-1, embeds.shape[1], -1, -1, -1)
+    else:
+        read, _ = inner.read_states(embeds, mask, mask, states)
+    if memory == "shuffled":
+        read = read.roll(1, 0)
     is_read = (labels[..., 1:] != -100).any(-1)
-    hidden_states = inner.decode(embeds[is_read], torch.stack(read, dim=1)[is_read], mask[is_read])
+    hidden_states = inner.decode(embeds[is_read], read[is_read], mask[is_read])
     return _cross_entropy(model, hidden_states, labels[is_read])
 
 

@@ -301,3 +301,30 @@ def test_learning_rate_falls_twice():
     assert factor(800) == pytest.approx(0.3)
     assert factor(1000) == pytest.approx(0.02)
     assert all(factor(step) > factor(step + 1) for step in range(100, 1000) if step != 799)
+
+
+def test_a_skipped_share_of_the_curriculum_and_another_seed_give_other_dialogues(tokenizer, generated):
+    FactDialogues(tokenizer, 48, 32)[0]
+    FactDialogues(tokenizer, 48, 32, skip=0.52)[0]
+    FactDialogues(tokenizer, 48, 32, seed=2, mix={"p_overwrite": 0.3})[0]
+    first = fact_dialogues.FIRST_TRAINING_SEED
+    plain = [options for seed, options, _ in generated if seed == first]
+    (other,) = [options for seed, options, _ in generated if seed == first + 1_000_000_000]
+    assert [options["num_turns"] for options in plain] == [2, 8]
+    assert other["p_overwrite"] == 0.3 and other["p_ask"] == plain[0]["p_ask"]
+    turns = {len(FactDialogues(tokenizer, 48, 64, skip=0.52)[step][0]["labels"]) for step in range(6)}
+    assert turns == {8, 16, 32}
+    with pytest.raises(ValueError, match=r"skip must be a share .* got 1\.0"):
+        FactDialogues(tokenizer, 48, 16, skip=1.0)
+
+
+def test_a_finished_run_is_trained_further_with_its_tokenizer(recipe, tmp_path):
+    first = recipe()
+    before = load_file(first / "model.safetensors")
+    options = {"output_dir": str(tmp_path / "more"), "start": str(first), "seed": 2, "max_steps": 1, "skip": 0.52}
+    options |= {"turns_per_step": 32, "learning_rate": 0.0, "override": '{"bptt_turns": 4}', "disable_tqdm": True}
+    main([word for option, value in options.items() for word in (f"--{option}", str(value))])
+    after = load_file(tmp_path / "more" / "model.safetensors")
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert (tmp_path / "more" / "tokenizer.json").read_text() == (first / "tokenizer.json").read_text()
+    assert json.loads((tmp_path / "more" / "config.json").read_text())["bptt_turns"] == 4

@@ -4,7 +4,12 @@ Trains the demo, and the baselines it is compared with, on generated fact dialog
 
     python -m rxt_hf.training.fact_dialogues --output_dir out
 
-runs to the end, or resumes from the last checkpoint in `out`.
+runs to the end, or resumes from the last checkpoint in `out`. A finished run is trained further by
+
+    python -m rxt_hf.training.fact_dialogues --output_dir more --start out --skip 0.52 --seed 2
+
+with new dialogues (they are a function of the seed), a learning rate that rises again, and without the first half of
+the curriculum.
 """
 
 import json
@@ -21,6 +26,7 @@ from typing import Any, Literal, cast
 import torch
 from torch.utils.data import Dataset
 from transformers import (
+    AutoModelForCausalLM,
     HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
@@ -100,27 +106,45 @@ class FactDialogueArguments:
     vocab_size: int = field(default=2048, metadata={"help": "vocabulary of the tokenizer"})
     preset: str = field(default="tiny", metadata={"help": "a name of rxt_hf.presets.PRESETS"})
     override: str = field(default="", metadata={"help": "JSON object of further config fields"})
+    start: str | None = field(default=None, metadata={"help": "folder of the run whose model is trained further"})
+    skip: float = field(default=0.0, metadata={"help": "share of the curriculum to leave out at the start"})
+    mix: str = field(default="", metadata={"help": "JSON object of other shares of the kinds of turns, see MIX"})
 
 
 class FactDialogues(Dataset):
     """One item is one step's list of episodes, a function of its index alone, so that a run resumes exactly."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, steps: int, turns_per_step: int, arm: str = "rxt"):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        steps: int,
+        turns_per_step: int,
+        arm: str = "rxt",
+        *,
+        seed: int = 1,
+        skip: float = 0.0,
+        mix: dict[str, Any] | None = None,
+    ):
+        if not 0.0 <= skip < 1.0:
+            raise ValueError(f"skip must be a share of the curriculum, at least 0 and less than 1, got {skip}.")
         self.tokenizer, self.steps, self.turns_per_step, self.arm = tokenizer, steps, turns_per_step, arm
+        self.skip, self.mix = skip, MIX | (mix or {})
+        # a training seed for every dialogue of every step of every run
+        self.first_seed = FIRST_TRAINING_SEED + (seed - 1) * 1_000_000_000
 
     def __len__(self) -> int:
         return self.steps
 
     def __getitem__(self, index: int) -> list[dict]:
-        step = index
-        choices = next(turns for share, turns in CURRICULUM if step < share * self.steps or share == 1.0)
+        step, progress = index, self.skip + (1.0 - self.skip) * index / self.steps
+        choices = next(turns for share, turns in CURRICULUM if progress < share or share == 1.0)
         turns = choices[step % len(choices)]
         # statements of two facts are long: they come together, so that other steps are not padded to their length
-        is_long = (step if step < SECOND_FALL_FROM * self.steps else step // len(choices)) % 6 == 0
-        mix: dict[str, Any] = MIX | {"p_two": 0.35 if is_long else 0.0}
-        if step >= OPEN_FROM * self.steps and step % 5 in (1, 3):
+        is_long = (step if progress < SECOND_FALL_FROM else step // len(choices)) % 6 == 0
+        mix: dict[str, Any] = self.mix | {"p_two": 0.35 if is_long else 0.0}
+        if progress >= OPEN_FROM and step % 5 in (1, 3):
             mix |= {"only_open": True, "p_open": 1.0}
-        seed, episodes = FIRST_TRAINING_SEED + step * 10_000, []
+        seed, episodes = self.first_seed + step * 10_000, []
         while len(episodes) < max(1, self.turns_per_step // turns):
             dialogue = generate_dialogue(seed, num_turns=turns, **mix)
             episode = encode_dialogue(self.tokenizer, dialogue)
@@ -279,21 +303,21 @@ def main(argv: list[str] | None = None) -> None:
     options, args = cast("tuple[FactDialogueArguments, TrainingArguments]", parser.parse_args_into_dataclasses(argv))
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "tokenizer.json").exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    if options.start is not None or (folder / "tokenizer.json").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.start or folder)
     else:
         rng = random.Random(0)
         # a dialogue's names are few beside its words: without more of them, names would be spelt letter by letter
         names = (" " + open_name(rng, "train") for _ in range(200_000))
         tokenizer = train_tokenizer(chain(corpus_texts(20_000), names), vocab_size=options.vocab_size)
-        tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(args.seed)
-    settings: dict[str, Any] = {
-        **PRESETS[options.preset],
-        **json.loads(options.override or "{}"),
-        "vocab_size": len(tokenizer),
-    }
-    model = build_model(options.arm, RxTConfig(**settings))
+    override: dict[str, Any] = json.loads(options.override or "{}")
+    if options.start is None:
+        settings: dict[str, Any] = {**PRESETS[options.preset], **override, "vocab_size": len(tokenizer)}
+        model = build_model(options.arm, RxTConfig(**settings))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(options.start, dtype=torch.float32, **override)
     # at these sizes plain matrix products in bfloat16 are the fastest attention on a CPU
     model.set_attn_implementation("eager")
     optimizer = MuonAdamW(model, args)
@@ -301,7 +325,15 @@ def main(argv: list[str] | None = None) -> None:
     trainer = Trainer(
         model=model,
         args=args,
-        train_dataset=FactDialogues(tokenizer, args.max_steps, options.turns_per_step, options.arm),
+        train_dataset=FactDialogues(
+            tokenizer,
+            args.max_steps,
+            options.turns_per_step,
+            options.arm,
+            seed=args.seed,
+            skip=options.skip,
+            mix=json.loads(options.mix or "{}"),
+        ),
         data_collator=StepCollator(tokenizer.pad_token_id),
         callbacks=[CpuBudget(folder, options.cpu_seconds)],
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)),

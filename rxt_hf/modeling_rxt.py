@@ -216,6 +216,21 @@ def eager_attention_forward(
     return output, weights
 
 
+def one_query_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, None]:
+    """Two products for one query without a mask; on a CPU the kernel of `sdpa` takes several times as long for it."""
+    query = query.reshape(*key.shape[:2], module.num_key_value_groups, -1)
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    return torch.matmul(F.softmax(upcast(weights), dim=-1).to(value.dtype), value), None
+
+
 class RxTZeroLinear(nn.Linear):
     """A linear layer that `_init_weights` fills with zeros."""
 
@@ -275,6 +290,10 @@ class RxTAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
+        # of the memory, whose keys never grow: a single query is a token that is decoded
+        is_one_query = attention_mask is None and queries.shape[2] == 1 and not (self.is_causal or self.training)
+        if is_one_query and queries.device.type == "cpu" and self.config._attn_implementation == "sdpa":
+            attention_interface = one_query_attention
         output, weights = attention_interface(
             self,
             queries,
@@ -1051,6 +1070,28 @@ def by_turn(keys_values, turns):
     return [[(keys[turn], values[turn]) for keys, values in split] for turn in range(turns)]
 
 
+def missing_turns(module: nn.Module, episode: torch.Tensor) -> int:
+    """
+    How many turns fewer than on another rank an episode of (batch_size, turns, ...) has here. Ranks that each hold a
+    part of every parameter (FSDP2, ZeRO-3) gather it together, so all of them must call every layer equally often.
+    """
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return 0
+    if not any(hasattr(part, "full_tensor") or hasattr(part, "ds_id") for part in module.parameters()):
+        return 0
+    most = torch.tensor(episode.shape[1], device=episode.device)
+    distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+    return int(most) - episode.shape[1]
+
+
+def pad_turns(episode: torch.Tensor | None, missing: int, value: int = 0) -> torch.Tensor | None:
+    """(batch_size, turns, ...) with so many turns more."""
+    if episode is None or not missing:
+        return episode
+    return torch.cat([episode, episode.new_full((len(episode), missing, *episode.shape[2:]), value)], dim=1)
+
+
 def packed(keys_values, attention_mask, slots):
     """Keys and values without padding in one row, and the offsets that flash kernels find the batch's rows by."""
     lengths = attention_mask.sum(dim=-1, dtype=torch.int32)
@@ -1220,7 +1261,16 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        is_episode = (input_ids if inputs_embeds is None else inputs_embeds[..., 0]).dim() == 3
+        tokens = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+        is_episode = tokens.dim() == 3
+        missing = missing_turns(self, tokens) if is_episode else 0
+        if missing:
+            attention_mask = torch.ones_like(tokens, dtype=torch.long) if attention_mask is None else attention_mask
+            input_ids, attention_mask, inputs_embeds, kwargs["write_mask"] = (
+                pad_turns(tensor, missing)
+                for tensor in (input_ids, attention_mask, inputs_embeds, kwargs.get("write_mask"))
+            )
+            labels = pad_turns(labels, missing, -100)
         recompute = is_episode and labels is not None and self.model.gradient_checkpointing and self.training
         # the routers' loss is one over all turns, so an episode that takes it recomputes by layer, not by turn
         if recompute and not output_router_logits and kwargs.get("write_mask") is None:
@@ -1255,6 +1305,9 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
             )
             if loss is not None:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        last_hidden_state = outputs.last_hidden_state
+        if missing:
+            logits, last_hidden_state = logits[:, :-missing], last_hidden_state[:, :-missing]
         return RxTCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -1264,7 +1317,7 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
             cross_attentions=outputs.cross_attentions,
             router_logits=outputs.router_logits,
             aux_loss=aux_loss,
-            last_hidden_state=outputs.last_hidden_state,
+            last_hidden_state=last_hidden_state,
             stm_cache=outputs.stm_cache,
         )
 
@@ -1362,7 +1415,8 @@ class RxTForPreTraining(RxTForCausalLM):
         if labels is not None and num_items_in_batch is not None:
             share = labels.ne(-100).sum() / num_items_in_batch
         if input_ids.dim() == 3:
-            loss, stm_cache = self._memory_loss(input_ids, attention_mask)
+            missing = missing_turns(self, input_ids)
+            loss, stm_cache = self._memory_loss(pad_turns(input_ids, missing), pad_turns(attention_mask, missing))
             return RxTForPreTrainingOutput(loss=loss * share, stm_cache=stm_cache)
         if masked_input_ids is None:
             raise ValueError(

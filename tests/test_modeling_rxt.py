@@ -543,6 +543,30 @@ def flash_kernels(monkeypatch):
     return calls
 
 
+@pytest.mark.parametrize("key_value_heads", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decoded_token_reads_the_memory_without_the_kernel_that_is_slow_for_it(monkeypatch, key_value_heads, dtype):
+    model = tiny_model(cross_attention_num_key_value_heads=key_value_heads).to(dtype)
+    states, queries, attend = (
+        random_memory(model).states.to(dtype),
+        [],
+        torch.nn.functional.scaled_dot_product_attention,
+    )
+
+    def noted(query, key, *args, **kwargs):
+        queries.append(query.shape[2])
+        return attend(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    logits = model(IDS[:, :1], stm_cache=states).logits
+    layers = model.config.num_hidden_layers
+    assert queries == [1] * layers
+    model(IDS[:, :2], stm_cache=states)
+    assert queries[layers:] == [2] * 2 * layers
+    model.set_attn_implementation("eager")
+    close(logits, model(IDS[:, :1], stm_cache=states).logits, 1e-5 if dtype == torch.float32 else 0.1)
+
+
 # ---- masks of what is read and written
 
 

@@ -12,12 +12,15 @@ import pytest
 import torch
 from huggingface_hub import EvalResult, HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, pipeline
 
 from rxt_hf import RxTConfig, RxTForCausalLM, RxTSession, StateError, STMCache, hub
 from rxt_hf.chat_template import train_tokenizer
+from rxt_hf.convert import from_llm
 from rxt_hf.data.facts import corpus_texts
 from rxt_hf.hub import export, export_memory, load_memory, model_card
+
+from .reference_rxt import randomize
 
 CODE = {"cache_rxt.py", "configuration_rxt.py", "generation_rxt.py", "modeling_rxt.py"}
 TEXTS = {"config.json", "generation_config.json", "README.md"}
@@ -143,6 +146,21 @@ def test_export_saved_again_by_a_process_without_the_package_still_loads(fresh, 
 
 def test_example_of_the_card_runs_without_the_package(fresh):
     assert fresh["printed"].count("\n") >= 2
+
+
+def test_export_of_a_converted_language_model_loads_without_the_package_and_once_more(tmp_path):
+    words = train_tokenizer(itertools.islice(corpus_texts(20), 100), vocab_size=300, max_length=64)
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 8}
+    source = Qwen3ForCausalLM(Qwen3Config(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    model = from_llm(source, tokenizer=words, num_memory_slots=5, memory_layers=[0, 2])
+    model = randomize(model, seed=1).eval()
+    folder = export(model, tmp_path / "converted", words)
+    expected = two_turns(model, words)
+    assert expected[1] != expected[2]
+    for name in ("again", "third"):
+        found = in_fresh_process(folder, tmp_path / name)
+        assert found["tokens"] == {"AutoModel": expected, "AutoModelForCausalLM": expected}
+        folder = tmp_path / name
 
 
 def test_export_loads_with_the_package_and_needs_no_trust(exported, model, tokenizer):

@@ -7,6 +7,7 @@ import re
 import runpy
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -269,6 +270,36 @@ def test_recipe_trains_resumes_and_reports_recall_by_distance(tokenizer, data, t
     assert f"| nats per recalled token, own memory | {data.name}, test | {own} |" in card
     assert f"| nats per recalled token, source query only | {data.name}, test | {without} |" in card
     assert "made from source" in card
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_recipe_trains_on_a_quantised_base_and_merges_into_the_whole_one(tokenizer, data, tmp_path, kind):
+    package = {"nf4": "bitsandbytes", "int8": "torchao"}[kind]
+    # nf4 on a CPU is right for rows of whole blocks of 64 numbers only
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    source = randomize(LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)), seed=3)
+    base = from_llm(source, num_memory_slots=5, memory_layers=[1], tokenizer=tokenizer).eval()
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    command = ["--model", str(tmp_path / "base"), "--data", str(data), "--lora_rank", "2", "--disable_tqdm", "True"]
+    command += ["--quantization", kind, "--max_steps", "3", "--learning_rate", "0.01", "--bf16", "False"]
+    command += ["--tokens_per_step", "256", "--output_dir", str(tmp_path / "out")]
+    if find_spec(package) is None:
+        with pytest.raises(ImportError, match=rf"{package}: pip install 'rxt_hf\[quant\]'"):
+            upcycle.main(command)
+        return
+    upcycle.main(command)
+    trained = RxTForCausalLM.from_pretrained(tmp_path / "out" / "model").state_dict()
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    before = base.state_dict()
+    assert trained.keys() == before.keys()
+    # LoRA is of rank 2, so that what it adds to a matrix shows whether the merge began from the whole one
+    added = trained["model.layers.0.mlp.up_proj.weight"] - before["model.layers.0.mlp.up_proj.weight"]
+    assert 0 < torch.linalg.svdvals(added)[2] < 1e-5 < torch.linalg.svdvals(added)[1]
+    assert not torch.equal(
+        trained["model.memory_encoder.layers.0.mlp.up_proj.weight"],
+        before["model.memory_encoder.layers.0.mlp.up_proj.weight"],
+    )
 
 
 def test_example_ends_as_it_promises(tokenizer, data, tmp_path, monkeypatch, capsys):

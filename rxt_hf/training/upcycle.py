@@ -10,6 +10,8 @@ trained: see `rxt_hf.convert.adapter_config`. Data are folders with `train.jsonl
 `rxt_hf.data.readers`. At the end `out/model` is the merged model, and `out/recall.json` holds the loss on the words
 that only earlier turns tell: with the memory, with it cleared, and with another dialogue's, by distance in turns. With
 `--source path/to/language-model` the language model is measured too, on the query alone and on all turns before.
+With `--quantization nf4` (or int8) the frozen base is held in 4 (or 8) bits while the memory and LoRA train in float32
+(QLoRA, arXiv 2305.14314); the adapter is then merged into the base as it is on the disk, and that is measured.
 `rxt export out/model folder --card out/card.json` makes a folder for the Hub of it all.
 """
 
@@ -17,6 +19,8 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import chain, count, islice
 from pathlib import Path
 from random import Random
@@ -28,8 +32,10 @@ from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     HfArgumentParser,
     PreTrainedTokenizerFast,
+    TorchAoConfig,
     Trainer,
     TrainingArguments,
 )
@@ -79,6 +85,9 @@ class UpcycleArguments:
     tokens_per_step: int = field(default=2048, metadata={"help": "padded tokens of all turns of a step"})
     labelled_share: float = field(default=0.1, metadata={"help": "share of the answers without a recalled word"})
     recall_weight: float = field(default=3.0, metadata={"help": "what a recalled token counts more than others"})
+    quantization: Literal["none", "nf4", "int8"] = field(
+        default="none", metadata={"help": "of the frozen base: nf4 needs bitsandbytes, int8 torchao"}
+    )
     lora_rank: int = field(default=8, metadata={"help": "of the adapters on the frozen decoder"})
     dialogues: int | None = field(default=None, metadata={"help": "read so many of each folder only"})
     test_dialogues: int = field(default=200, metadata={"help": "of each folder"})
@@ -334,16 +343,35 @@ def card_facts(results: Mapping[str, Mapping[str, Any]], options: UpcycleArgumen
     return {"base_model": Path(options.source or options.model).name, "datasets": list(results), "results": figures}
 
 
+def quantized(kind: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that hold the base in fewer bits; what is trained whole stays as it is."""
+    if kind == "none":
+        return {}
+    package = {"nf4": "bitsandbytes", "int8": "torchao"}[kind]
+    if find_spec(package) is None:
+        raise ImportError(f"--quantization {kind} needs {package}: pip install 'rxt_hf[quant]'.")
+    whole = [r".*\.memory_\w+", "lm_head"]
+    if kind == "nf4":
+        config: Any = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=whole)
+    else:
+        int8 = import_module("torchao.quantization").Int8WeightOnlyConfig()
+        config = TorchAoConfig(int8, modules_to_not_convert=whole)
+    return {"quantization_config": config}
+
+
 def main(argv: list[str] | None = None) -> None:
-    from peft import get_peft_model
+    from peft import PeftModel, get_peft_model
 
     parser = HfArgumentParser(cast("Any", (UpcycleArguments, TrainingArguments)))
     parser.set_defaults(**RECIPE)
     options, args = cast("tuple[UpcycleArguments, TrainingArguments]", parser.parse_args_into_dataclasses(argv))
+    if args.world_size > 1:
+        # what computes the loss is not the model's forward, where DDP would reduce its gradients
+        raise ValueError(f"The recipe runs in one process, got {args.world_size}.")
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer: Any = AutoTokenizer.from_pretrained(options.model)
-    model = RxTForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    model = RxTForCausalLM.from_pretrained(options.model, dtype=torch.float32, **quantized(options.quantization))
     torch.manual_seed(args.seed)
     dialogues = chain.from_iterable(sampled(path, "train", options.dialogues) for path in options.data)
     episodes = Episodes(tokenizer, dialogues, max_turns=options.turns, max_tokens=options.tokens)
@@ -360,6 +388,9 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     trainer.save_model()
     trainer.save_state()
+    if options.quantization != "none":
+        whole = RxTForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(args.device)
+        adapted = PeftModel.from_pretrained(whole, str(folder))
     merged = adapted.merge_and_unload()
     merged.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")

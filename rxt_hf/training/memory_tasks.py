@@ -1,0 +1,254 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Trains a small model on synthetic memory tasks (`rxt_hf.data.tasks`) and measures how many answers are exactly right.
+
+    python -m rxt_hf.training.memory_tasks --tasks remember --size 40 --test_sizes 10 20 40 --output_dir out
+
+runs to the end, or resumes from the last checkpoint in `out`, and writes `out/result.json`. The size of an episode
+(see `SIZES`) grows over the run. In tasks of token ids questions are read and not written, so that all of an episode's
+questions ask one and the same memory. Runs in one process.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count, islice
+from math import ceil
+from pathlib import Path
+from random import Random
+from typing import Any, cast
+
+import torch
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import HfArgumentParser, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..chat_template import train_tokenizer
+from ..configuration_rxt import RxTConfig
+from ..data.collator import RxTEpisodeCollator
+from ..data.readers import encode_turns
+from ..data.tasks import TASKS
+from ..evaluation.speed import environment
+from ..modeling_rxt import RxTForCausalLM
+from .fact_dialogues import CpuBudget, MuonAdamW, learning_rate_factor
+
+# what the size of an episode of a task says, as arguments of its generator; of the others: the number of questions
+SIZES: dict[str, Any] = {
+    "remember": lambda size: {"num_pairs": size, "num_questions": size},
+    "rewrite": lambda size: {"num_writes": size, "num_keys": min(size, 8), "num_questions": min(size, 8)},
+    "mqar": lambda size: {"num_pairs": size, "num_turns": 4 * size},
+    "needle": lambda size: {"num_turns": size + 1},
+    "variable_tracking": lambda size: {"num_turns": size + 1, "num_hops": min(size - 1, 4)},
+}
+TEST_SEED = 1_000_000_000
+RECIPE: dict[str, Any] = {
+    "max_steps": 4000,
+    "learning_rate": 3e-3,
+    "adam_beta2": 0.98,
+    "weight_decay": 0.01,
+    "warmup_steps": 100,
+    "max_grad_norm": 0.5,
+    # one item of the data set is one step
+    "per_device_train_batch_size": 1,
+    "train_sampling_strategy": "sequential",
+    "remove_unused_columns": False,
+    "bf16": True,
+    "use_cpu": True,
+    "logging_steps": 50,
+    "save_steps": 500,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "seed": 1,
+}
+# half a million parameters
+MODEL: dict[str, Any] = {
+    "hidden_size": 80,
+    "intermediate_size": 200,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 5,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.05,
+    "num_memory_slots": 64,
+    "memory_attention_type": "simple",
+}
+
+
+@dataclass
+class MemoryTaskArguments:
+    """What the recipe adds to `TrainingArguments`."""
+
+    tasks: list[str] = field(metadata={"help": f"of {', '.join(TASKS)}; taken in turn"})
+    size: int = field(default=16, metadata={"help": "of the largest episodes in training"})
+    first_size: int = field(default=2, metadata={"help": "of the largest episodes at the start"})
+    test_sizes: list[int] = field(default_factory=list, metadata={"help": "default: --size"})
+    test_episodes: int = field(default=200, metadata={"help": "of each task and size"})
+    turns_per_step: int = field(default=640, metadata={"help": "of all episodes of a step"})
+    override: str = field(default="", metadata={"help": "JSON object of further config fields"})
+    cpu_seconds: float | None = field(default=None, metadata={"help": "stops the run at this many CPU seconds"})
+
+
+def generate(task: str, seed: int, size: int, split: str = "train") -> dict[str, Any]:
+    arguments = SIZES.get(task, lambda questions: {"num_questions": questions})(size)
+    return TASKS[task](seed, split=split, **arguments)
+
+
+def episode_batch(tokenizer: PreTrainedTokenizerFast | None, episodes: list[dict]) -> dict[str, torch.Tensor]:
+    """A batch in which only the answers to questions have labels, and what is to be written."""
+    features, written = [], []
+    for episode in episodes:
+        turns = episode["interactions"]
+        rows = encode_turns(tokenizer, turns)
+        labels = [
+            row if turn["kind"] == "ask" else [-100] * len(row) for (_, row), turn in zip(rows, turns, strict=True)
+        ]
+        features.append({"input_ids": [ids for ids, _ in rows], "labels": labels})
+        # a dialogue in words goes on after a question
+        written.append([int(turn["kind"] != "ask" or isinstance(turn["query"], str)) for turn in turns])
+    batch = RxTEpisodeCollator(pad_token_id=0)(features)
+    width = batch["labels"].shape[1]
+    rows = [row + [0] * (width - len(row)) for row in written]
+    return batch | {"write_mask": torch.tensor(rows)}
+
+
+class MemoryTasks(Dataset):
+    """One item is one step's batch, a function of its index alone, so that a run resumes exactly."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast | None, options: MemoryTaskArguments, steps: int):
+        self.tokenizer, self.options, self.steps = tokenizer, options, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        options, rng = self.options, Random(index)
+        task = options.tasks[index % len(options.tasks)]
+        # grows over the first 60 % of the run; a third of the steps are smaller, so that what was learnt stays
+        growth = min(1.0, index / (0.6 * self.steps))
+        size = round(options.first_size + growth * (options.size - options.first_size))
+        if rng.random() < 1 / 3:
+            size = options.first_size + int(rng.random() * (size - options.first_size + 1))
+        episodes, turns = [], 0
+        for seed in count(index * 10_000):
+            episodes.append(generate(task, seed, size))
+            turns += len(episodes[-1]["interactions"])
+            if turns + turns / len(episodes) > options.turns_per_step:
+                return episode_batch(self.tokenizer, episodes)
+        raise AssertionError("unreachable")
+
+
+def answer_logits(model: RxTForCausalLM, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and targets (-100 elsewhere) of the turns with labels, in order: only they are decoded."""
+    inner, mask, labels = model.model, batch["attention_mask"], batch["labels"]
+    embeds = inner.embed_tokens(batch["input_ids"])
+    # behind the last turn that is written all read the same
+    turns = int(batch["write_mask"].any(0).nonzero().max()) + 1
+    written = mask * batch["write_mask"].unsqueeze(-1)
+    states = inner.initial_states(len(embeds))
+    read, last = inner.read_states(embeds[:, :turns], mask[:, :turns], written[:, :turns], states)
+    read = torch.cat([read, last.unsqueeze(1).expand(-1, embeds.shape[1] - turns, -1, -1, -1)], dim=1)
+    is_read = (labels != -100).any(-1)
+    hidden_states = inner.decode(embeds[is_read], read[is_read], mask[is_read])
+    return model.lm_head(hidden_states[:, :-1]), labels[is_read][:, 1:]
+
+
+class TaskTrainer(Trainer):
+    """Mean cross-entropy of the answers' tokens."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # the model's own forward, which has its autocast, is not what is called here
+        with self.accelerator.autocast():
+            logits, targets = answer_logits(cast(RxTForCausalLM, self.accelerator.unwrap_model(model)), inputs)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def exact(
+    model: RxTForCausalLM, tokenizer: PreTrainedTokenizerFast | None, task: str, size: int, episodes: int
+) -> dict:
+    """
+    Share of the answers that are right in every token, end token included, given the right tokens before: what greedy
+    decoding answers. Episodes of the split "test".
+    """
+    model.eval()
+    right: list[bool] = []
+    by_distance: dict[int, list[bool]] = {}
+    for first in range(0, episodes, 20):
+        seeds = range(TEST_SEED + first, TEST_SEED + min(first + 20, episodes))
+        rows = [generate(task, seed, size, split="test") for seed in seeds]
+        batch = episode_batch(tokenizer, rows)
+        logits, targets = answer_logits(model, batch)
+        is_right = iter(((logits.argmax(-1) == targets) | (targets == -100)).all(-1).tolist())
+        for turn in (turn for row in rows for turn in row["interactions"] if turn["kind"] == "ask"):
+            right.append(next(is_right))
+            by_distance.setdefault((turn["distance"] - 1) // 10 * 10 + 1, []).append(right[-1])
+    shares = {f"{low}-{low + 9}": [round(sum(x) / len(x), 4), len(x)] for low, x in sorted(by_distance.items())}
+    result = {"task": task, "size": size, "questions": len(right), "exact": round(sum(right) / len(right), 4)}
+    if "bits" in rows[0]:
+        result["bits"] = rows[0]["bits"]
+    return result | {"by_distance": shares}
+
+
+def stories(tasks: list[str], number: int = 2000) -> Iterator[str]:
+    for task in tasks:
+        for seed in range(ceil(number / len(tasks))):
+            for turn in generate(task, seed, 4)["interactions"]:
+                yield f"{turn['query']} {turn['answer']}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser(cast("Any", (MemoryTaskArguments, TrainingArguments)))
+    parser.set_defaults(**RECIPE)
+    options, args = cast("tuple[MemoryTaskArguments, TrainingArguments]", parser.parse_args_into_dataclasses(argv))
+    unknown = [task for task in options.tasks if task not in TASKS]
+    if unknown:
+        raise ValueError(f"There is no task {unknown[0]!r}; the tasks are {', '.join(TASKS)}.")
+    if args.world_size > 1:
+        raise ValueError(f"The recipe runs in one process, got {args.world_size}.")
+    folder = Path(str(args.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    first = generate(options.tasks[0], 0, options.size)
+    tokenizer = None
+    if "vocab_size" not in first:
+        tokenizer = train_tokenizer(stories(options.tasks), vocab_size=600, max_length=128)
+        tokenizer.save_pretrained(folder)
+    vocab_size = first["vocab_size"] if tokenizer is None else len(tokenizer)
+    torch.manual_seed(args.seed)
+    model = RxTForCausalLM(RxTConfig(**MODEL | {"vocab_size": vocab_size} | json.loads(options.override or "{}")))
+    # at these sizes plain matrix products in bfloat16 are the fastest attention on a CPU
+    model.set_attn_implementation("eager")
+    optimizer = MuonAdamW(model, args)
+    factor = partial(learning_rate_factor, steps=args.max_steps, warmup_steps=int(args.warmup_steps))
+    trainer = TaskTrainer(
+        model=model,
+        args=args,
+        train_dataset=MemoryTasks(tokenizer, options, args.max_steps),
+        data_collator=lambda batches: batches[0],
+        callbacks=[CpuBudget(folder, options.cpu_seconds)],
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)),
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    trainer.save_model()
+    trainer.save_state()
+    sizes = options.test_sizes or [options.size]
+    result = {
+        "environment": environment("cpu"),
+        "tasks": options.tasks,
+        "parameters": model.num_parameters(),
+        "memory_bytes": model.init_stm(1).nbytes,
+        "steps": trainer.state.global_step,
+        "seed": args.seed,
+        "cpu_seconds": float((folder / "cpu_seconds.txt").read_text()),
+        "exact": [
+            exact(model, tokenizer, task, size, options.test_episodes) for task in options.tasks for size in sizes
+        ],
+        "log": list(islice(trainer.state.log_history, 0, None, 5)),
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    for row in result["exact"]:
+        print(f"{row['task']:18} size {row['size']:4}  exact {row['exact']}  ({row['questions']} questions)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+"""The recipe of synthetic memory tasks: what is read, written, counted, and how it resumes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from rxt_hf.chat_template import train_tokenizer
+from rxt_hf.training import memory_tasks
+from rxt_hf.training.memory_tasks import (
+    MemoryTaskArguments,
+    MemoryTasks,
+    answer_logits,
+    episode_batch,
+    exact,
+    generate,
+)
+
+from .models import close, tiny_model
+
+SIZES = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "num_memory_slots": 5}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(memory_tasks.stories(["babi1", "babi8"], 100), vocab_size=400, max_length=128)
+
+
+def batch_of(tokenizer, task, size=4, rows=3):
+    return episode_batch(tokenizer, [generate(task, seed, size) for seed in range(rows)])
+
+
+@pytest.mark.parametrize("task", ["remember", "rewrite", "mqar"])
+def test_questions_in_token_ids_have_the_only_labels_and_are_not_written(task):
+    episode = generate(task, 0, 4)
+    batch = episode_batch(None, [episode])
+    asked = [turn["kind"] == "ask" for turn in episode["interactions"]]
+    assert any(asked) and not all(asked)
+    assert (batch["labels"] != -100).any(-1)[0].tolist() == asked
+    assert batch["write_mask"][0].tolist() == [int(not is_asked) for is_asked in asked]
+
+
+def test_questions_in_words_are_written_as_every_turn_of_a_dialogue(tokenizer):
+    batch = batch_of(tokenizer, "babi8")
+    is_turn = batch["attention_mask"].any(-1)
+    assert not is_turn.all(), "no row is shorter than another"
+    assert torch.equal(batch["write_mask"] == 1, is_turn)
+
+
+@pytest.mark.parametrize("task", ["remember", "mqar", "babi1"])
+def test_logits_of_the_answers_are_those_of_the_whole_episode(tokenizer, task):
+    model = tiny_model(vocab_size=400)
+    batch = batch_of(tokenizer, task)
+    logits, targets = answer_logits(model, batch)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "write_mask")}
+    expected = model(**inputs).logits[(batch["labels"] != -100).any(-1)][:, :-1]
+    assert (targets != -100).any(-1).all()
+    close(logits[targets != -100], expected[targets != -100])
+
+
+def test_an_answer_counts_if_every_token_of_it_is_the_likeliest(tokenizer, monkeypatch):
+    wrong = []
+
+    def logits_of(model, batch):
+        labels = batch["labels"][(batch["labels"] != -100).any(-1)][:, 1:]
+        logits = F.one_hot(labels.clamp(min=0), 400).float()
+        # every second question has its last token, the end, wrong
+        for row in range(0, len(labels), 2):
+            logits[row, (labels[row] != -100).nonzero().max(), 399] = 2.0
+            wrong.append(row)
+        return logits, labels
+
+    monkeypatch.setattr(memory_tasks, "answer_logits", logits_of)
+    result = exact(tiny_model(), tokenizer, "babi8", 3, episodes=30)
+    assert result["questions"] == 90 and result["exact"] == round(1 - len(wrong) / 90, 4) < 0.6
+    assert sum(count for _, count in result["by_distance"].values()) == 90
+    assert exact(tiny_model(), None, "remember", 4, episodes=2)["bits"] == 16
+
+
+def test_episodes_grow_over_the_run_and_are_a_function_of_the_step():
+    options = MemoryTaskArguments(tasks=["remember", "rewrite"], size=20, turns_per_step=80)
+    data = MemoryTasks(None, options, 30)
+    turns = [data[step]["input_ids"].shape[1] for step in range(0, 30, 2)]
+    assert turns[0] == 4 and max(turns) == 40 and max(turns[:4]) < max(turns[4:8]) < 40
+    first, again = data[7], MemoryTasks(None, options, 30)[7]
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(data[28]["input_ids"][0, 0], data[29]["input_ids"][0, 0])
+
+
+@pytest.mark.parametrize("task", ["remember", "babi1"])
+def test_recipe_resumes_and_writes_down_what_it_measured(tmp_path, task):
+    shared = ["--tasks", task, "--size", "3", "--test_sizes", "2", "3", "--test_episodes", "4", "--max_steps", "4"]
+    shared += [
+        "--save_steps",
+        "2",
+        "--turns_per_step",
+        "16",
+        "--override",
+        json.dumps(SIZES),
+        "--disable_tqdm",
+        "True",
+    ]
+    memory_tasks.main([*shared, "--output_dir", str(tmp_path / "whole")])
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    memory_tasks.main([*shared, "--output_dir", str(tmp_path / "resumed")])
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed"))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert [row["size"] for row in result["exact"]] == [2, 3] and result["steps"] == 4
+    with pytest.raises(ValueError, match="no task 'babi4'; the tasks are remember"):
+        memory_tasks.main(["--tasks", "babi4", "--output_dir", str(tmp_path / "none")])

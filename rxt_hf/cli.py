@@ -59,13 +59,17 @@ def _sentence(error: BaseException) -> str:
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="model folder or Hub name; default: the demo")
+    parser.add_argument("--seed", type=int, help="makes sampling, and a random initial memory, repeatable")
+    parser.add_argument("--device", help="such as cpu or cuda:0; default: a GPU if there is one")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+
+
+def _add_conversation_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model_arguments(parser)
     parser.add_argument("--memory", metavar="FILE", help="go on from this memory file")
     parser.add_argument("--temperature", type=_number(0.0), metavar="T", help="sample; the default, 0, is greedy")
     parser.add_argument("--top-p", type=_number(0.0, 1.0), metavar="P", help="sample from the likeliest share P")
     parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest answer")
-    parser.add_argument("--seed", type=int, help="makes sampling, and a random initial memory, repeatable")
-    parser.add_argument("--device", help="such as cpu or cuda:0; default: a GPU if there is one")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
 
 
 def _number(low: float, high: float = float("inf")) -> Callable[[str], float]:
@@ -158,7 +162,7 @@ def _open_session(args: argparse.Namespace, model: Any, tokenizer: Any, system: 
 
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_model_arguments(parser)
+    _add_conversation_arguments(parser)
     parser.add_argument("--query", required=True, metavar="TEXT", help="what to say to the model")
     parser.add_argument("--save-memory", metavar="FILE", help="write the memory after the turn to this file")
 
@@ -300,6 +304,19 @@ def _env(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+    from .evaluation.memory import add_arguments
+
+    _add_model_arguments(parser)
+    add_arguments(parser)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from .evaluation.memory import run
+
+    return run(args, *_load_model(args))
+
+
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     from .evaluation.speed import add_arguments
 
@@ -313,7 +330,7 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_model_arguments(parser)
+    _add_conversation_arguments(parser)
     parser.add_argument("--script", metavar="FILE", help="read the user's lines from FILE; # starts a comment line")
     parser.add_argument("--system", metavar="TEXT", help="system prompt, written into the memory once")
 
@@ -497,6 +514,7 @@ COMMANDS: dict[str, tuple[str, Callable[[_Chat, str], None], str]] = {
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "chat": ("talk with a model", _add_chat_arguments, _chat),
     "generate": ("one turn: print the answer to one query", _add_generate_arguments, _generate),
+    "eval": ("what a model's memory holds over dialogues", _add_eval_arguments, _eval),
     "bench": ("cost of a turn by its number, against a Llama of the same shape", _add_bench_arguments, _bench),
     "convert": ("make an RxT of a pretrained language model", _add_convert_arguments, _convert),
     "export": ("a folder for the Hub, with code and card", _add_export_arguments, _export),

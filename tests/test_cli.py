@@ -420,6 +420,17 @@ def test_export_writes_a_folder_that_chats_with_a_card_of_measured_numbers_and_p
     assert rxt("generate", target, "--query", "hello", *SHORT) == answer
 
 
+def test_eval_writes_figures_and_a_page_of_dialogues_that_are_given(rxt, folder, tmp_path):
+    turns = [{"query": "My dog is called Rex.", "answer": "I see."}, {"query": "Who is it?", "answer": "Your dog."}]
+    (tmp_path / "test.jsonl").write_text("\n".join([json.dumps({"interactions": turns})] * 2))
+    report, page = tmp_path / "eval.json", tmp_path / "eval.html"
+    code, out, _ = rxt("eval", folder, "--data", tmp_path, "--output", report, "--report", page)
+    assert code == 0 and f"{tmp_path.name}: perplexity of true answers" in out
+    assert json.loads(report.read_text())["sources"][tmp_path.name]["dialogues"] == 2
+    assert "My dog is called Rex." in page.read_text()
+    assert rxt("eval", folder, "--data", tmp_path / "none")[0] == 2
+
+
 @pytest.fixture(scope="module")
 def llama_folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("llama")

@@ -27,8 +27,8 @@ BELOW: dict[str, set[str]] = {
     "graphs": {"modeling_rxt"},
     "hub": {"chat_template", "modeling_rxt"},
     "convert": {"chat_template", "modeling_rxt"},
-    # rewards are measures, and an upcycled model is converted first
-    "training": {"convert", "evaluation"},
+    # rewards are measures, an upcycled model is converted first, and a run writes its model's card
+    "training": {"convert", "evaluation", "hub"},
     "evaluation": {"data", "presets", "session"},
     "serving": {"session"},
 }

@@ -189,7 +189,7 @@ def test_a_baseline_reads_all_interactions_with_its_own_answers_or_this_turn_alo
         assert not do_sample and attention_mask[:, -1].all()
         return torch.cat([input_ids, torch.tensor(padded)], dim=1)
 
-    arm = HistoryArm(SimpleNamespace(generate=generate), tokenizer, full_history)
+    arm = HistoryArm(SimpleNamespace(device="cpu", generate=generate), tokenizer, full_history)
     histories = [[], [], []]
     for turn, queries in enumerate(QUERIES):
         assert arm.answer(queries, LIMIT) == answers[turn]

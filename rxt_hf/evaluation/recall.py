@@ -24,12 +24,14 @@ FIRST_TEST_SEED = 1_000
 Control = Literal["none", "other_memory", "cleared_memory"]
 
 
-def left_padded(rows: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+def left_padded(
+    rows: list[list[int]], pad_token_id: int, device: torch.device | str | None = None
+) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask` of (rows, longest row)."""
     width = max(map(len, rows))
     ids = torch.tensor([[pad_token_id] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 class RxTArm:
@@ -41,7 +43,7 @@ class RxTArm:
 
     def answer(self, queries: list[str], max_new_tokens: int) -> list[str]:
         prompts = encode_interactions(self.tokenizer, queries)["input_ids"]
-        inputs = left_padded(prompts, self.tokenizer.pad_token_id)
+        inputs = left_padded(prompts, self.tokenizer.pad_token_id, self.model.device)
         memory = self.model.init_stm(len(queries)) if self.stm_cache is None else self.stm_cache
         out = self.model.generate(**inputs, stm_cache=memory, max_new_tokens=max_new_tokens, do_sample=False)
         self.stm_cache = out.stm_cache
@@ -67,7 +69,7 @@ class HistoryArm:
         histories = self.histories or [[] for _ in queries]
         prompts = encode_interactions(self.tokenizer, queries)["input_ids"]
         prompts = [history + prompt for history, prompt in zip(histories, prompts, strict=True)]
-        inputs = left_padded(prompts, self.tokenizer.pad_token_id)
+        inputs = left_padded(prompts, self.tokenizer.pad_token_id, self.model.device)
         sequences = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
         if self.full_history:

@@ -16,7 +16,7 @@ With `--quantization nf4` (or int8) the frozen base is held in 4 (or 8) bits whi
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -43,13 +43,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..convert import adapter_config
 from ..data.collator import RxTEpisodeCollator
-from ..data.readers import Episodes, bucket_by_turns, read_episodes
+from ..data.readers import Episodes, bucket_by_turns
+from ..evaluation.memory import DISTANCES, Memory, recalled_at, sampled, token_losses
 from ..modeling_rxt import RxTForCausalLM
 from .fact_dialogues import CpuBudget
 
-Memory = Literal["own", "cleared", "shuffled"]
-# turns since the word was last said
-DISTANCES = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 1000))
 RECIPE: dict[str, Any] = {
     "max_steps": 600,
     "learning_rate": 2e-4,
@@ -92,29 +90,6 @@ class UpcycleArguments:
     dialogues: int | None = field(default=None, metadata={"help": "read so many of each folder only"})
     test_dialogues: int = field(default=200, metadata={"help": "of each folder"})
     cpu_seconds: float | None = field(default=None, metadata={"help": "stops the run at this many CPU seconds"})
-
-
-def token_losses(model: RxTForCausalLM, batch: Mapping[str, torch.Tensor], memory: Memory = "own") -> torch.Tensor:
-    r"""
-    Cross-entropy of each labelled token of a batch of episodes, in order. Every turn is written into the memory, but
-    only turns with a label are decoded: most of the cost of a deep decoder with a small memory.
-
-    Args:
-        batch: `input_ids`, `attention_mask` and `labels` of shape `(batch_size, turns, tokens)`.
-        memory: what is read: the row's own memory, the initial one, or that of the row before.
-    """
-    inner, mask, labels = model.model, batch["attention_mask"], batch["labels"]
-    embeds = inner.embed_tokens(batch["input_ids"])
-    states = inner.initial_states(len(embeds))
-    if memory == "cleared":
-        read = states.unsqueeze(1).expand(-1, embeds.shape[1], -1, -1, -1)
-    else:
-        read, _ = inner.read_states(embeds, mask, mask, states)
-    if memory == "shuffled":
-        read = read.roll(1, 0)
-    is_read = (labels[..., 1:] != -100).any(-1)
-    hidden_states = inner.decode(embeds[is_read], read[is_read], mask[is_read])
-    return _cross_entropy(model, hidden_states, labels[is_read])
 
 
 class TrainingSteps(Dataset):
@@ -182,9 +157,7 @@ def recall_batches(
     tokenizer: PreTrainedTokenizerFast, dialogues: Sequence[Mapping[str, Any]], *, max_tokens: int, batch_tokens: int
 ) -> list[dict[str, torch.Tensor]]:
     """Batches of whole dialogues whose labels are recalled words; `distances` of them are indices into `DISTANCES`."""
-    by_distance = [
-        Episodes(tokenizer, _recalled_at(dialogues, *limits), max_tokens=max_tokens) for limits in DISTANCES
-    ]
+    by_distance = [Episodes(tokenizer, recalled_at(dialogues, *limits), max_tokens=max_tokens) for limits in DISTANCES]
     episodes, pad = by_distance[0], RxTEpisodeCollator(tokenizer.pad_token_id)
     largest = max(turns * width for turns, width in episodes.sizes)
     batches = []
@@ -203,18 +176,6 @@ def recall_batches(
         distances = (found != -100).long().argmax(0)
         batches.append(labels[0] | {"labels": found.amax(0), "distances": distances})
     return [batch for batch in batches if (batch["labels"] != -100).any()]
-
-
-def _recalled_at(dialogues: Iterable[Mapping[str, Any]], low: int, high: int) -> Iterator[dict[str, Any]]:
-    for dialogue in dialogues:
-        spans = [
-            [span for span in turn.get("recall") or [] if low <= span[2] <= high] for turn in dialogue["interactions"]
-        ]
-        yield {
-            "interactions": [
-                turn | {"recall": kept} for turn, kept in zip(dialogue["interactions"], spans, strict=True)
-            ]
-        }
 
 
 @torch.no_grad()
@@ -292,12 +253,6 @@ def _by_distance(losses: list[torch.Tensor], distances: list[torch.Tensor]) -> d
     return {
         name: [round(values[rows].mean().item(), 4), int(rows.sum())] for name, rows in chosen.items() if rows.any()
     }
-
-
-def sampled(folder: str, split: str, number: int | None) -> list[dict[str, Any]]:
-    """All dialogues of a split, or so many of them, the same ones every time: files are sorted by topic."""
-    dialogues = list(read_episodes(folder, split))
-    return dialogues if number is None else Random(0).sample(dialogues, min(number, len(dialogues)))
 
 
 def measure(

@@ -1,0 +1,596 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+r"""
+What a model's memory holds over dialogues, as figures and as one page to look at.
+
+    rxt eval MODEL --data path/to/dialogues --output eval.json --report eval.html
+
+Everything is measured under three memories: the dialogue's `own`, a `cleared` one (the initial memory at every turn),
+and a `shuffled` one (that of another dialogue). What only `own` does well comes from remembering. Without `--data` the
+dialogues are those of `rxt_hf.data.facts`, with seeds that training never sees.
+"""
+
+import argparse
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import shlex
+import sys
+from collections import defaultdict
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, Literal, get_args
+
+import torch
+from torch.nn import functional as F
+
+from ..cache_rxt import StateError, STMCache
+from ..data.collator import RxTEpisodeCollator
+from ..data.facts import ATTRIBUTES, DialogueWriter, generate_dialogue
+from ..data.readers import Episodes, encode_turns, read_episodes
+from ..modeling_rxt import RxTForCausalLM, RxTResidualGate, upcast
+from .recall import FIRST_TEST_SEED, Control, by_bucket, effective_rank, left_padded, recall
+from .report import page, tables
+from .speed import count, environment, markdown_table
+from .text_scores import corpus_bleu, word_ids
+
+Memory = Literal["own", "cleared", "shuffled"]
+CONTROLS: dict[Memory, Control] = {"own": "none", "cleared": "cleared_memory", "shuffled": "other_memory"}
+# turns since the word was last said
+DISTANCES = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 1000))
+# rows of a batch; what is shuffled is shuffled within one
+ROWS = 16
+FACT_TURNS = 8
+PROBED_ATTRIBUTES = ("favourite_colour", "job", "gym_day")
+PROBED_DIALOGUES, PROBED_TURNS, RIDGE = 256, 4, 0.01
+# slots that are nearly one vector
+COLLAPSED_RANK = 1.5
+
+
+def token_losses(model: RxTForCausalLM, batch: Mapping[str, torch.Tensor], memory: Memory = "own") -> torch.Tensor:
+    r"""
+    Cross-entropy of each labelled token of a batch of episodes, in order. Every turn is written into the memory, but
+    only turns with a label are decoded: most of the cost of a deep decoder with a small memory.
+
+    Args:
+        batch: `input_ids`, `attention_mask` and `labels` of shape `(batch_size, turns, tokens)`.
+        memory: what is read: the row's own memory, the initial one, or that of the row before.
+
+    Raises: `ValueError` for a shuffled batch of one row, in which there is no other memory.
+    """
+    inner, mask, labels = model.model, batch["attention_mask"], batch["labels"]
+    if memory == "shuffled" and len(labels) < 2:
+        raise ValueError(f"A shuffled memory is that of another dialogue: expected 2 rows or more, got {len(labels)}.")
+    embeds = inner.embed_tokens(batch["input_ids"])
+    states = inner.initial_states(len(embeds))
+    if memory == "cleared":
+        read = states.unsqueeze(1).expand(-1, embeds.shape[1], -1, -1, -1)
+    else:
+        read, _ = inner.read_states(embeds, mask, mask, states)
+    if memory == "shuffled":
+        read = read.roll(1, 0)
+    is_target = labels[..., 1:] != -100
+    is_read = is_target.any(-1)
+    hidden_states = inner.decode(embeds[is_read], read[is_read], mask[is_read])
+    logits = model.lm_head(hidden_states[:, :-1][is_target[is_read]])
+    return F.cross_entropy(upcast(logits), labels[..., 1:][is_target], reduction="none")
+
+
+def sampled(folder: str, split: str, number: int | None) -> list[dict[str, Any]]:
+    """All dialogues of a split, or so many of them, the same ones every time: files are sorted by topic."""
+    dialogues = list(read_episodes(folder, split))
+    return dialogues if number is None else Random(0).sample(dialogues, min(number, len(dialogues)))
+
+
+def fact_dialogues(number: int, num_turns: int) -> list[dict[str, Any]]:
+    """The test dialogues that [`recall`] plays, in which the values that are asked for are marked as recalled."""
+    dialogues = []
+    for seed in range(FIRST_TEST_SEED, FIRST_TEST_SEED + number):
+        turns = generate_dialogue(seed, split="seen", num_turns=num_turns)["interactions"]
+        dialogues.append({"interactions": [{**turn, "recall": _recalled_value(turn)} for turn in turns]})
+    return dialogues
+
+
+def _recalled_value(turn: Mapping[str, Any]) -> list[list[int]]:
+    found = turn["kind"] == "ask" and re.search(rf"(?<!\w){re.escape(turn['value'])}(?!\w)", turn["answer"])
+    return [[*found.span(), turn["distance"]]] if found else []
+
+
+def recalled_at(dialogues: Iterable[Mapping[str, Any]], low: int, high: int) -> Iterator[dict[str, Any]]:
+    """The dialogues with those of their recalled words alone that were last said `low` to `high` turns before."""
+    for dialogue in dialogues:
+        turns = [
+            turn | {"recall": [span for span in turn.get("recall") or [] if low <= span[2] <= high]}
+            for turn in dialogue["interactions"]
+        ]
+        yield {**dialogue, "interactions": turns}
+
+
+class Dialogues:
+    r"""
+    Encoded dialogues in batches of about equal turns, none of which has one row unless there is but one dialogue.
+
+    Attributes:
+        episodes ([`Episodes`]): the dialogues that have an answer within the limit, cut there.
+        batches: pairs of indices into `episodes`, and their padded `input_ids`, `attention_mask`, `labels`, and
+            `distances`: 0, or for recalled words the number, from 1, in `DISTANCES`.
+    """
+
+    def __init__(self, tokenizer: Any, dialogues: Sequence[Mapping[str, Any]], *, max_tokens: int):
+        if any(isinstance(turn["query"], list) for dialogue in dialogues for turn in dialogue["interactions"]):
+            raise ValueError("The dialogues hold token ids, expected text.")
+        self.episodes = Episodes(tokenizer, dialogues, max_tokens=max_tokens)
+        kept = self.episodes.dialogues
+        by_distance = [Episodes(tokenizer, recalled_at(kept, *limits), max_tokens=max_tokens) for limits in DISTANCES]
+        sizes = self.episodes.sizes
+        if not sizes:
+            raise ValueError(
+                f"No dialogue has an answer in an interaction of up to {max_tokens} tokens: use --tokens."
+            )
+        order = sorted(range(len(sizes)), key=sizes.__getitem__)
+        groups = [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
+        if len(groups) > 1 and len(groups[-1]) == 1:
+            groups[-1].insert(0, groups[-2].pop())
+        pad = RxTEpisodeCollator(tokenizer.pad_token_id)
+        self.batches: list[tuple[list[int], dict[str, torch.Tensor]]] = []
+        for indices in groups:
+            features = [self.episodes[index] for index in indices]
+            batch = pad(features)
+            batch["distances"] = torch.zeros_like(batch["labels"])
+            for number, found in reversed(list(enumerate(by_distance, 1))):
+                marked = [
+                    {"input_ids": feature["input_ids"], "labels": found.recall_labels[index]}
+                    for feature, index in zip(features, indices, strict=True)
+                ]
+                batch["distances"][pad(marked)["labels"] != -100] = number
+            self.batches.append((indices, batch))
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    @property
+    def memories(self) -> list[Memory]:
+        return [memory for memory in get_args(Memory) if memory != "shuffled" or len(self) > 1]
+
+
+def on_device(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+@torch.no_grad()
+def teacher_forced(model: RxTForCausalLM, dialogues: Dialogues) -> dict[str, dict[str, dict[str, list]]]:
+    """
+    `answer_perplexity`: `[perplexity, tokens]` of the answers, of all and by turn from 1, and `recall_loss`:
+    `[nats per token, tokens]` of recalled words, of all and by distance, each by memory. The tokens are the same ones
+    under every memory.
+    """
+    found: dict[str, dict[str, dict[str, list]]] = {"answer_perplexity": {}, "recall_loss": {}}
+    for memory in dialogues.memories:
+        losses, turns, distances = [], [], []
+        for _, batch in dialogues.batches:
+            losses.append(token_losses(model, on_device(model, batch), memory).cpu().double())
+            is_target = batch["labels"][..., 1:] != -100
+            turns.append(is_target.nonzero()[:, 1] + 1)
+            distances.append(batch["distances"][..., 1:][is_target])
+        nats, turn, distance = map(torch.cat, (losses, turns, distances))
+        chosen = {"all": turn > 0} | {str(number): turn == number for number in turn.unique().tolist()}
+        means = _means(nats, chosen)
+        found["answer_perplexity"][memory] = {
+            name: [math.exp(min(mean, 700.0)), number] for name, (mean, number) in means.items()
+        }
+        chosen = {f"{low}-{high}": distance == number for number, (low, high) in enumerate(DISTANCES, 1)}
+        found["recall_loss"][memory] = _means(nats, {"all": distance > 0} | chosen)
+    return found
+
+
+def _means(values: torch.Tensor, chosen: Mapping[str, torch.Tensor]) -> dict[str, list]:
+    return {name: [values[rows].mean().item(), int(rows.sum())] for name, rows in chosen.items() if rows.any()}
+
+
+@torch.no_grad()
+def greedy(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    memory: STMCache,
+    *,
+    max_new_tokens: int,
+    update_memory: bool = False,
+) -> tuple[list[str], STMCache]:
+    """Answers to prompts of token ids, one row of the memory each, and the memory after them."""
+    inputs = left_padded(list(prompts), tokenizer.pad_token_id, model.device)
+    width = inputs["input_ids"].shape[1]
+    room = max(1, min(max_new_tokens, model.config.max_position_embeddings - width))
+    out = model.generate(**inputs, stm_cache=memory, update_memory=update_memory, max_new_tokens=room, do_sample=False)
+    return tokenizer.batch_decode(out.sequences[:, width:], skip_special_tokens=True), out.stm_cache
+
+
+def closed_loop(
+    model: Any, tokenizer: Any, dialogues: Dialogues, memory: Memory = "own", *, max_new_tokens: int
+) -> list[tuple[str, str]]:
+    """`(answer, reference)` of every turn that has one; under its own memory a dialogue holds the model's answers."""
+    if memory == "shuffled":
+        raise ValueError('closed_loop reads the memory "own" or "cleared", got "shuffled".')
+    pairs, turns_of = [], [dialogue["interactions"] for dialogue in dialogues.episodes.dialogues]
+    for indices, _ in dialogues.batches:
+        states = dict.fromkeys(indices, model.init_stm(1))
+        for number in range(max(len(turns_of[index]) for index in indices)):
+            present = [index for index in indices if number < len(turns_of[index])]
+            turns = {index: turns_of[index][number] for index in present}
+            asked = [index for index in present if None not in (turns[index]["query"], turns[index]["answer"])]
+            for index in set(present) - set(asked):
+                ids = torch.tensor([dialogues.episodes[index]["input_ids"][number]], device=model.device)
+                states[index] = model.update_memory(states[index], ids)
+            if not asked:
+                continue
+            # of an answer, only its text is asked for: no thinking, no call of a tool
+            prompts = [
+                encode_turns(tokenizer, [turns[index] | {"answer": None, "thinking": None, "tool_calls": None}])[0][0]
+                for index in asked
+            ]
+            read = STMCache.cat([states[index] for index in asked]) if memory == "own" else model.init_stm(len(asked))
+            answers, after = greedy(
+                model, tokenizer, prompts, read, max_new_tokens=max_new_tokens, update_memory=memory == "own"
+            )
+            for row, index in enumerate(asked):
+                states[index] = after.select(row)
+                pairs.append((answers[row], turns[index]["answer"]))
+    return pairs
+
+
+def bleu(model: Any, tokenizer: Any, dialogues: Dialogues, *, max_new_tokens: int) -> dict[str, Any]:
+    """BLEU of all greedy answers, by words, under the own memory and a cleared one."""
+    scores: dict[str, Any] = {}
+    for memory in ("own", "cleared"):
+        pairs = closed_loop(model, tokenizer, dialogues, memory, max_new_tokens=max_new_tokens)
+        scores["answers"] = len(pairs)
+        scores[memory] = corpus_bleu(*word_ids(*zip(*pairs, strict=True))) if pairs else None
+    return scores
+
+
+@torch.no_grad()
+def probes(
+    model: RxTForCausalLM, tokenizer: Any, dialogues: Dialogues, *, max_new_tokens: int
+) -> dict[str, Any] | None:
+    r"""
+    The probes of the dialogues, each asked from the memory of all true interactions, which it does not change; under
+    a cleared memory and another dialogue's, which are the floor, too.
+
+    Returns: None without probes, else by memory `questions`, `exact` (share of answers that are one of the accepted
+    ones, in any case), `contains` (share in which one stands as whole words), and `exact_by_distance`.
+    """
+    last: dict[int, torch.Tensor] = {}
+    for indices, batch in dialogues.batches:
+        inputs = on_device(model, batch)
+        embeds, mask = model.model.embed_tokens(inputs["input_ids"]), inputs["attention_mask"]
+        _, states = model.model.read_states(embeds, mask, mask, model.model.initial_states(len(embeds)))
+        last |= zip(indices, states, strict=True)
+    asked = [
+        (index, probe)
+        for index, dialogue in enumerate(dialogues.episodes.dialogues)
+        for probe in dialogue.get("probes") or []
+    ]
+    if not asked:
+        return None
+    found = {}
+    for memory in dialogues.memories:
+        answers = []
+        for start in range(0, len(asked), ROWS):
+            chunk = asked[start : start + ROWS]
+            read = model.init_stm(len(chunk))
+            if memory != "cleared":
+                step = memory == "shuffled"
+                read = read.replace(torch.stack([last[(index + step) % len(last)] for index, _ in chunk]))
+            queries = [{"query": probe["query"], "answer": None} for _, probe in chunk]
+            prompts = [ids for ids, _ in encode_turns(tokenizer, queries)]
+            answers += greedy(model, tokenizer, prompts, read, max_new_tokens=max_new_tokens)[0]
+        found[memory] = _probe_scores([probe for _, probe in asked], answers)
+    return found
+
+
+def _probe_scores(asked: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> dict[str, Any]:
+    exact, contains = [], []
+    for probe, answer in zip(asked, answers, strict=True):
+        accepted, given = [text.lower() for text in probe["answers"]], answer.strip().lower()
+        exact.append(given in accepted)
+        contains.append(any(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", given) for text in accepted))
+    distances = [probe["distance"] for probe in asked]
+    return {
+        "questions": len(asked),
+        "exact": sum(exact) / len(asked),
+        "contains": sum(contains) / len(asked),
+        "exact_by_distance": by_bucket(zip(distances, exact, strict=True)),
+    }
+
+
+def fact_recall(model: RxTForCausalLM, tokenizer: Any, number: int) -> dict[str, Any]:
+    """[`recall`] on so many generated dialogues, by memory."""
+    return {
+        memory: recall(model, tokenizer, num_turns=FACT_TURNS, num_dialogues=number, control=control)
+        for memory, control in CONTROLS.items()
+        if memory != "shuffled" or number > 1
+    }
+
+
+@contextlib.contextmanager
+def gate_values(model: RxTForCausalLM) -> Generator[dict[str, list[torch.Tensor]], None, None]:
+    """
+    By name of the gate, what it weighs the update with at each write, of `(batch_size, num_memory_slots)`:
+    `sigmoid(g)` or `1 + tanh(g)`, mean over elements. Gates without activation weigh nothing and are left out.
+    """
+    values: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def hook_of(name: str):
+        def hook(gate, states, output):
+            logits = upcast(gate.logits(*states))
+            weights = torch.sigmoid(logits) if gate.activation == "sigmoid" else 1.0 + torch.tanh(logits)
+            values[name].append(weights.expand(output.shape).mean(-1))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(hook_of(name))
+        for name, module in model.model.memory_attention.named_modules()
+        if isinstance(module, RxTResidualGate) and module.activation != "none"
+    ]
+    try:
+        yield values
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def eager_attention(model: Any) -> Generator[None, None, None]:
+    """Only this implementation gives its weights."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def look_inside(
+    model: RxTForCausalLM, feature: Mapping[str, Any], turns: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    r"""
+    One dialogue's memory, written with its true answers.
+
+    Returns: `turns` (what was said), and nested lists of `(turns, layers, slots)`: `change` (norm of the difference to
+    the slot before, by that of the slot before), `cosine_to_before`, `cosine_to_initial`, `norm`, `read` (weights of
+    the cross-attention, mean over heads and the tokens of the answer; zeros where there is none) and, by kind of gate,
+    `gates`; `effective_rank` is of `(turns, layers)`, None at a turn whose memory is not finite.
+    """
+    inner = model.model
+    batch = on_device(model, RxTEpisodeCollator(0)([dict(feature)]))
+    embeds, mask = inner.embed_tokens(batch["input_ids"]), batch["attention_mask"]
+    with gate_values(model) as gates:
+        read, last = inner.read_states(embeds, mask, mask, inner.initial_states(1))
+    states = upcast(torch.cat([read[0], last]))
+    old, new = states[:-1], states[1:]
+    with eager_attention(model):
+        weights = inner(input_ids=batch["input_ids"], attention_mask=mask, output_attentions=True).cross_attentions
+    # the token before each token of the answer predicts it
+    predicts = F.pad(batch["labels"][0, :, 1:] != -100, (0, 1)).unsqueeze(-1)
+    by_layer = [(layer.float().mean(1) * predicts).sum(1) / predicts.sum(1).clamp(min=1) for layer in weights]
+    by_kind: dict[str, list[torch.Tensor]] = defaultdict(list)
+    for name, values in gates.items():
+        by_kind[name.rpartition(".")[2]].append(torch.cat(values))
+    change = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp(min=torch.finfo(old.dtype).tiny)
+    return {
+        "turns": [{name: turn.get(name) for name in ("instruction", "query", "answer")} for turn in turns],
+        "change": _rounded(change),
+        "cosine_to_before": _rounded(F.cosine_similarity(new, old, dim=-1)),
+        "cosine_to_initial": _rounded(F.cosine_similarity(new, states[:1], dim=-1)),
+        "norm": _rounded(new.norm(dim=-1)),
+        "read": _rounded(torch.stack(by_layer, dim=1)),
+        "gates": {kind: _rounded(torch.stack(layers, dim=1)) for kind, layers in by_kind.items()},
+        "effective_rank": [
+            [round(rank, 4) for rank in effective_rank(turn.unsqueeze(0))] if turn.isfinite().all() else None
+            for turn in new
+        ],
+    }
+
+
+def _rounded(values: torch.Tensor) -> list:
+    """Nested lists of numbers with five decimals: they are looked at."""
+    return values.cpu().double().mul(1e5).round().div(1e5).tolist()
+
+
+def alarms_of(inside: Mapping[str, Any], slots: int) -> list[str]:
+    """Sentences on memories that are not finite, whose slots are nearly one vector, or that a turn left unchanged."""
+    found = []
+    for turn, (ranks, change) in enumerate(zip(inside["effective_rank"], inside["change"], strict=True), 1):
+        if ranks is None:
+            return [*found, f"turn {turn}: the memory is not finite"]
+        for layer, rank in enumerate(ranks):
+            if slots > 1 and rank < COLLAPSED_RANK:
+                found.append(f"turn {turn}, layer {layer}: effective rank {rank:.2f} of {slots} slots")
+            if max(change[layer]) == 0:
+                found.append(f"turn {turn}, layer {layer}: nothing was written")
+    return found
+
+
+@torch.no_grad()
+def linear_probes(
+    model: RxTForCausalLM,
+    tokenizer: Any,
+    attributes: Sequence[str],
+    number: int,
+) -> dict[str, dict[str, Any]]:
+    r"""
+    Whether a linear map finds the value of an attribute in the memory: ridge regression on one-hot values. The value
+    is stated in the first turn; the turns after it say other things.
+
+    Returns: for each attribute `majority` (the accuracy of the most frequent value), `values`, `held_out` (dialogues)
+    and `accuracy` by memory layer, and of `all`: one figure after each turn, on dialogues that the map has not seen.
+    """
+    found = {}
+    for attribute in attributes:
+        dialogues, values = _probing_dialogues(attribute, number)
+        names = sorted(set(values))
+        classes = torch.tensor([names.index(value) for value in values])
+        train, held_out = slice(0, number * 3 // 4), slice(number * 3 // 4, None)
+        one_hot = F.one_hot(classes, len(names))[train].double()
+        majority = int(classes[train].bincount().argmax())
+        accuracy: dict[str, list[float]] = defaultdict(list)
+        for states in _memories_by_turn(model, tokenizer, dialogues):
+            kernels = {str(layer): _kernel(part, train) for layer, part in enumerate(states.unbind(1))}
+            kernels["all"] = torch.stack(list(kernels.values())).sum(0)
+            for name, kernel in kernels.items():
+                scores = _ridge(kernel[train, train], one_hot, kernel[held_out, train])
+                accuracy[name].append((scores.argmax(-1) == classes[held_out]).double().mean().item())
+        found[attribute] = {
+            "values": len(names),
+            "held_out": len(classes[held_out]),
+            "majority": (classes[held_out] == majority).double().mean().item(),
+            "accuracy": dict(accuracy),
+        }
+    return found
+
+
+def _probing_dialogues(attribute: str, number: int) -> tuple[list[list[Mapping[str, Any]]], list[str]]:
+    dialogues, values = [], []
+    for seed in range(FIRST_TEST_SEED, FIRST_TEST_SEED + number):
+        writer = DialogueWriter(Random(f"{attribute}:{seed}"), "seen", 0.0, 0.15, len(ATTRIBUTES), False)
+        writer.names = (attribute,)
+        turns = [writer.state(0.0)]
+        values.append(str(turns[0]["value"]))
+        writer.names = tuple(ATTRIBUTES)
+        for writer.turn in range(1, PROBED_TURNS):
+            # nothing is overwritten or asked
+            turns.append(writer.next((0.6, 0.0, 0.0, 0.4), 0.0, 0.0))
+        dialogues.append(turns)
+    return dialogues, values
+
+
+def _memories_by_turn(model: RxTForCausalLM, tokenizer: Any, dialogues: list) -> Iterator[torch.Tensor]:
+    """States of all dialogues after each turn; only those of one turn are kept at a time."""
+    pad = RxTEpisodeCollator(tokenizer.pad_token_id)
+    states = list(model.model.initial_states(len(dialogues)).split(ROWS))
+    for number in range(PROBED_TURNS):
+        encoded = encode_turns(tokenizer, [turns[number] for turns in dialogues])
+        features = [{"input_ids": ids, "labels": labels} for ids, labels in encoded]
+        for place, old in enumerate(states):
+            batch = on_device(model, pad(features[place * ROWS : (place + 1) * ROWS]))
+            embeds = model.model.embed_tokens(batch["input_ids"])
+            states[place] = model.model.write(old, embeds, batch["attention_mask"])
+        yield torch.cat(states)
+
+
+def _kernel(features: torch.Tensor, train: slice) -> torch.Tensor:
+    """Inner products of the rows, from the mean of those to train on."""
+    rows = upcast(features.flatten(1))
+    rows = rows - rows[train].mean(0)
+    return (rows @ rows.T).cpu().double()
+
+
+def _ridge(kernel: torch.Tensor, targets: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
+    """Ridge regression in its dual form, `K_test (K + a I)^-1 (Y - mean Y) + mean Y`, `a` in units of K's diagonal."""
+    mean = targets.mean(0)
+    ridge = RIDGE * kernel.diagonal().mean().clamp(min=torch.finfo(kernel.dtype).tiny)
+    return products @ torch.linalg.solve(kernel + ridge * torch.eye(len(kernel)), targets - mean) + mean
+
+
+def evaluate_dialogues(
+    model: RxTForCausalLM,
+    tokenizer: Any,
+    dialogues: Sequence[Mapping[str, Any]],
+    *,
+    max_tokens: int = 64,
+    inside: int = 4,
+) -> dict[str, Any]:
+    """What can be measured on any dialogues: see the functions of the same names; `inside` of them are looked into."""
+    model.eval()
+    encoded = Dialogues(tokenizer, dialogues, max_tokens=min(max_tokens, model.config.max_position_embeddings))
+    episodes = encoded.episodes
+    found: dict[str, Any] = {"dialogues": len(encoded), "turns": sum(turns for turns, _ in episodes.sizes)}
+    found |= teacher_forced(model, encoded)
+    found["inside"] = [
+        look_inside(model, episodes[index], episodes.dialogues[index]["interactions"])
+        for index in range(min(inside, len(encoded)))
+    ]
+    found["alarms"] = [
+        f"dialogue {number}, {alarm}"
+        for number, each in enumerate(found["inside"], 1)
+        for alarm in alarms_of(each, model.config.num_memory_slots)
+    ]
+    # what generates refuses a memory that is not finite; what was found before it should not be lost
+    try:
+        found["probes"] = probes(model, tokenizer, encoded, max_new_tokens=max_tokens)
+        found["bleu"] = bleu(model, tokenizer, encoded, max_new_tokens=max_tokens)
+    except StateError as error:
+        found["alarms"].append(str(error))
+    return found
+
+
+def evaluate(model: RxTForCausalLM, tokenizer: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """The report that `rxt eval` writes, for options of its command line."""
+    limits = {"max_tokens": options.tokens, "inside": options.inside}
+    # what is not there should be found out before hours of measuring
+    folders = {folder: sampled(folder, "test", options.dialogues) for folder in options.data or []}
+    sources: dict[str, Any] = {}
+    for folder, dialogues in folders.items():
+        name = Path(folder).name if Path(folder).name not in sources else folder
+        sources[name] = evaluate_dialogues(model, tokenizer, dialogues, **limits)
+    if not folders:
+        dialogues = fact_dialogues(options.dialogues, FACT_TURNS)
+        sources["facts"] = found = evaluate_dialogues(model, tokenizer, dialogues, **limits)
+        try:
+            found["recall"] = fact_recall(model, tokenizer, options.dialogues)
+            found["linear_probes"] = linear_probes(model, tokenizer, PROBED_ATTRIBUTES, PROBED_DIALOGUES)
+        except StateError as error:
+            found["alarms"].append(str(error))
+    return {
+        "environment": environment(str(model.device)) | {"dtype": str(model.dtype).removeprefix("torch.")},
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "memory": [model.config.num_memory_layers, model.config.num_memory_slots, model.config.hidden_size],
+        "parameters": model.num_parameters(),
+        "sources": _without_nan(sources),
+    }
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no number that is not finite: None stands for it."""
+    if isinstance(value, dict):
+        return {name: _without_nan(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report's figures as tables."""
+    return "\n\n".join(
+        f"{title}\n\n{markdown_table(*rows)}" for name in report["sources"] for title, rows in tables(report, name)
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", nargs="+", metavar="FOLDER", help="dialogues, split test; default: generated dialogues about facts"
+    )
+    parser.add_argument("--dialogues", type=count, default=50, metavar="N", help="of each folder")
+    parser.add_argument("--tokens", type=count, default=64, metavar="N", help="a dialogue ends before a longer turn")
+    parser.add_argument("--inside", type=int, default=4, metavar="N", help="dialogues whose memories are shown")
+    parser.add_argument("--output", default="eval.json", metavar="FILE", help="all figures, as JSON")
+    parser.add_argument("--report", metavar="FILE", help="the same as one HTML page with plots")
+
+
+def run(options: argparse.Namespace, model: RxTForCausalLM, tokenizer: Any) -> int:
+    """Measures, writes the report and prints its tables; returns the exit code."""
+    # a missing folder should not cost the wait for the report
+    for path in filter(None, (options.output, options.report)):
+        if not Path(path).absolute().parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    report = evaluate(model, tokenizer, options)
+    Path(options.output).write_text(json.dumps(report) + "\n", encoding="utf-8")
+    if options.report is not None:
+        Path(options.report).write_text(page(report), encoding="utf-8")
+    print(markdown(report))
+    return 0

@@ -1,0 +1,248 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+"""The report of `rxt eval` as one HTML page that loads nothing: a function of the JSON alone, all of whose text is
+escaped."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+MAPS = {
+    "change": "Written: relative change of each slot",
+    "read": "Read by the answer: weight of each slot",
+    "cosine_to_before": "Drift: cosine to the slot before the turn",
+    "cosine_to_initial": "Drift: cosine to the initial slot",
+    "norm": "Norm of each slot",
+}
+COLOURS = ("#1f6feb", "#d1690e", "#2a9d4e", "#b3348a", "#6b5bd6", "#7a6a52")
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; color: #1c2430 }
+table { border-collapse: collapse; margin: .6em 0 1.4em }
+td, th { padding: .15em .7em; border-bottom: 1px solid #d8dee6; text-align: right }
+td:first-child, th:first-child, .said td, .said th { text-align: left }
+figure { display: inline-block; margin: .5em 1em; vertical-align: top }
+figcaption { font-size: 13px; color: #52606f }
+.alarm { color: #b00020 }
+svg text { font-size: 11px; fill: #52606f }
+"""
+
+
+def shown(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def shown_range(name: str) -> str:
+    """How a range of distances is written: "1-1" as 1, "9-1000" as 9+."""
+    low, _, high = name.partition("-")
+    return low if low == high else f"{low}+" if high == "1000" else name
+
+
+def by_memory(title: str, found: Mapping[str, Mapping[str, Sequence]]) -> list[list[str]]:
+    """A head, a row of figures for each memory, and one of how many there are."""
+    names = list(dict.fromkeys(name for figures in found.values() for name in figures))
+    rows = [[memory, *(shown(figures.get(name, [None])[0]) for name in names)] for memory, figures in found.items()]
+    counts = next(iter(found.values()))
+    return [
+        [title, *map(shown_range, names)],
+        *rows,
+        ["number", *(str(counts.get(name, [0, 0])[1]) for name in names)],
+    ]
+
+
+def tables(report: Mapping[str, Any], source: str) -> list[tuple[str, list[list[str]]]]:
+    """Titles, and rows of which the first is a head, of all figures of one source but those of its inside."""
+    found = report["sources"][source]
+    blocks = [
+        (f"{source}: perplexity of true answers", by_memory("memory; turn", found["answer_perplexity"])),
+        (f"{source}: loss on recalled words", by_memory("memory; nats, distance", found["recall_loss"])),
+    ]
+    if recall := found.get("recall"):
+        asked = {
+            memory: {"all": [part["recall"], part["questions"]], **part["by_distance"]}
+            for memory, part in recall.items()
+        }
+        blocks.append((f"{source}: recall, closed loop", by_memory("memory; share correct, distance", asked)))
+        names = ("stale", "abstention", "chat")
+        others = [[memory, *(shown(part[name]) for name in names)] for memory, part in recall.items()]
+        blocks.append((f"{source}: other questions", [["memory", *names], *others]))
+    if probes := found.get("probes"):
+        asked = {
+            memory: {"all": [part["exact"], part["questions"]], **part["exact_by_distance"]}
+            for memory, part in probes.items()
+        }
+        blocks.append((f"{source}: probes, exact answers", by_memory("memory; share, distance", asked)))
+        contained = [[memory, shown(part["contains"])] for memory, part in probes.items()]
+        blocks.append((f"{source}: probes", [["memory", "answer contains the value"], *contained]))
+    if bleu := found.get("bleu"):
+        rows = [[memory, shown(bleu[memory])] for memory in ("own", "cleared")]
+        blocks.append(
+            (f"{source}: greedy answers, closed loop", [["memory", f"BLEU, {bleu['answers']} answers"], *rows])
+        )
+    if probed := found.get("linear_probes"):
+        turns = len(next(iter(probed.values()))["accuracy"]["all"])
+        head = ["attribute; after turn", *map(str, range(1, turns + 1)), "majority", "values", "held out"]
+        rows = [
+            [
+                name,
+                *map(shown, part["accuracy"]["all"]),
+                *(shown(part[key]) for key in ("majority", "values", "held_out")),
+            ]
+            for name, part in probed.items()
+        ]
+        blocks.append((f"{source}: linear probes of a value told in turn 1", [head, *rows]))
+    return [(title, rows) for title, rows in blocks if len(rows[0]) > 1]
+
+
+def line_chart(title: str, series: Mapping[str, Mapping[str, float | None]], x_title: str) -> str:
+    """A polyline with points for each series of figures by name; names are spaced evenly, missing figures left out."""
+    names = list(dict.fromkeys(name for figures in series.values() for name in figures))
+    values = [value for figures in series.values() for value in figures.values() if value is not None]
+    if not values:
+        return ""
+    low, high = min(0.0, *values), max(values)
+    width, height, left, top = 360, 170, 44, 8
+    scale = (high - low) or 1.0
+
+    def at(name: str, value: float) -> tuple[float, float]:
+        x = left + (width * (names.index(name) + 0.5)) / len(names)
+        return round(x, 1), round(top + height * (high - value) / scale, 1)
+
+    parts = [
+        f'<line x1="{left}" x2="{left + width}" y1="{y}" y2="{y}" stroke="#d8dee6"/>'
+        f'<text x="{left - 4}" y="{y + 4}" text-anchor="end">{shown(value)}</text>'
+        for value, y in ((high, top), ((high + low) / 2, top + height / 2), (low, top + height))
+    ]
+    every = -(-len(names) // 16)
+    parts += [
+        f'<text x="{at(name, low)[0]}" y="{top + height + 14}" text-anchor="middle">{escape(name)}</text>'
+        for name in names[::every]
+    ]
+    for number, (label, figures) in enumerate(series.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        points = [at(name, value) for name, value in figures.items() if value is not None]
+        line = " ".join(f"{x},{y}" for x, y in points)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
+        parts += [f'<circle cx="{x}" cy="{y}" r="2.4" fill="{colour}"/>' for x, y in points]
+        y = top + 12 + 15 * number
+        parts.append(f'<line x1="{left + width + 8}" x2="{left + width + 24}" y1="{y}" y2="{y}" stroke="{colour}"/>')
+        parts.append(f'<text x="{left + width + 28}" y="{y + 4}">{escape(label)}</text>')
+    parts.append(f'<text x="{left + width / 2}" y="{top + height + 30}" text-anchor="middle">{escape(x_title)}</text>')
+    size = (left + width + 130, max(top + height + 36, top + 20 + 15 * len(series)))
+    return figure(title, size, "".join(parts))
+
+
+def heatmap(title: str, rows: Sequence[Sequence[float | None]]) -> str:
+    """A rectangle for each figure, white for the least and dark for the largest; red where there is none."""
+    values = [value for row in rows for value in row if value is not None]
+    low, high = (min(values), max(values)) if values else (0.0, 0.0)
+    cells: dict[str, list[str]] = defaultdict(list)
+    for y, row in enumerate(rows):
+        for x, value in enumerate(row):
+            # rectangles of one shade are one path: sixteen shades, however many slots
+            shade = "#c00" if value is None else _shade(round(15 * (value - low) / ((high - low) or 1.0)))
+            cells[shade].append(f"M{x} {y}h1v1h-1z")
+    paths = "".join(f'<path fill="{shade}" d="{"".join(marks)}"/>' for shade, marks in cells.items())
+    columns, left = max(map(len, rows)), 24
+    scale = max(3, min(14, 420 // columns))
+    labels = "".join(
+        f'<text x="{left - 5}" y="{14 * y + 11}" text-anchor="end">{y + 1}</text>' for y in range(len(rows))
+    )
+    body = f'{labels}<g transform="translate({left} 0) scale({scale} 14)" shape-rendering="crispEdges">{paths}</g>'
+    return figure(f"{title}: {shown(low)} to {shown(high)}", (left + scale * columns + 2, 14 * len(rows) + 2), body)
+
+
+def _shade(level: int) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*(round(255 + (dark - 255) * level / 15) for dark in (8, 48, 107)))
+
+
+def figure(title: str, size: tuple[float, float], body: str) -> str:
+    width, height = size
+    picture = f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}">{body}</svg>'
+    return f"<figure>{picture}<figcaption>{escape(title)}</figcaption></figure>"
+
+
+def html_table(rows: Sequence[Sequence[str]], kind: str = "") -> str:
+    """The first row is the head."""
+    lines = []
+    for number, row in enumerate(rows):
+        cell = "td" if number else "th"
+        lines.append("".join(f"<{cell}>{escape(text)}</{cell}>" for text in row))
+    return f'<table class="{kind}">{"".join(f"<tr>{line}</tr>" for line in lines)}</table>'
+
+
+def _charts(found: Mapping[str, Any]) -> str:
+    charts = []
+    for title, x_title, part in (
+        ("Perplexity of true answers", "turn", found["answer_perplexity"]),
+        ("Loss on recalled words, nats", "turns since the word was said", found["recall_loss"]),
+        ("Recall", "distance", {name: part["by_distance"] for name, part in (found.get("recall") or {}).items()}),
+        (
+            "Probes",
+            "distance",
+            {name: part["exact_by_distance"] for name, part in (found.get("probes") or {}).items()},
+        ),
+    ):
+        series = {
+            memory: {shown_range(name): value for name, (value, _) in figures.items() if name != "all"}
+            for memory, figures in part.items()
+        }
+        charts.append(line_chart(title, series, x_title))
+    for name, part in (found.get("linear_probes") or {}).items():
+        series = {
+            layer if layer == "all" else f"layer {layer}": dict(zip(map(str, range(1, 1000)), figures, strict=False))
+            for layer, figures in part["accuracy"].items()
+        }
+        series["majority"] = dict.fromkeys(series["all"], part["majority"])
+        charts.append(line_chart(f"Linear probe of {name}, accuracy", series, "turn; told in turn 1"))
+    return "".join(charts)
+
+
+def _inside(number: int, inside: Mapping[str, Any]) -> str:
+    """A dialogue, and for each layer of its memory maps with a row for each turn and a column for each slot."""
+    said = [
+        [str(turn), *(str(each.get(name) or "") for name in ("instruction", "query", "answer"))]
+        for turn, each in enumerate(inside["turns"], 1)
+    ]
+    maps = {title: inside[name] for name, title in MAPS.items()}
+    maps |= {f"{kind}: weight of the update": values for kind, values in inside["gates"].items()}
+    blocks = [html_table([["turn", "instruction", "query", "answer"], *said], "said")]
+    for title, turns in maps.items():
+        for layer in range(len(turns[0])):
+            blocks.append(heatmap(f"{title}, layer {layer}", [turn[layer] for turn in turns]))
+    ranks = inside["effective_rank"]
+    series = {
+        f"layer {layer}": {str(turn): None if row is None else row[layer] for turn, row in enumerate(ranks, 1)}
+        for layer in range(len(inside["change"][0]))
+    }
+    blocks.append(line_chart("Effective rank of the slots", series, "turn"))
+    return f"<h3>Dialogue {number}</h3>{''.join(blocks)}"
+
+
+def page(report: Mapping[str, Any]) -> str:
+    """The whole page. Text of dialogues, names and the command are other people's: all of it is escaped."""
+    layers, slots, width = report["memory"]
+    facts = report["environment"] | {
+        "command": report["command"],
+        "parameters": f"{report['parameters']:,}",
+        "memory": f"{layers} layers of {slots} slots of {width}",
+    }
+    parts = [
+        "<h1>What the memory holds</h1>",
+        html_table([["", ""], *([str(name), str(value)] for name, value in facts.items())], "said"),
+        "<p>own: the dialogue's own memory. cleared: the initial memory at every turn. shuffled: another dialogue's "
+        "memory. Figures are on the same tokens and questions under each.</p>",
+    ]
+    for source, found in report["sources"].items():
+        parts.append(f"<h2>{escape(source)}</h2><p>{found['dialogues']} dialogues, {found['turns']} turns</p>")
+        parts += [f'<p class="alarm">{escape(alarm)}</p>' for alarm in found["alarms"]]
+        parts.append(_charts(found))
+        parts += [f"<h3>{escape(title)}</h3>{html_table(rows)}" for title, rows in tables(report, source)]
+        if found["inside"]:
+            parts.append("<h2>Inside the memory</h2><p>Rows are turns, columns are slots.</p>")
+        parts += [_inside(number, inside) for number, inside in enumerate(found["inside"], 1)]
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>rxt eval</title>'
+        f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
+    )

@@ -317,6 +317,18 @@ def _eval(args: argparse.Namespace) -> int:
     return run(args, *_load_model(args))
 
 
+def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    from .training.run import add_arguments
+
+    add_arguments(parser)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from .training.run import run
+
+    return run(args)
+
+
 def _add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     from .evaluation.speed import add_arguments
 
@@ -514,6 +526,7 @@ COMMANDS: dict[str, tuple[str, Callable[[_Chat, str], None], str]] = {
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "chat": ("talk with a model", _add_chat_arguments, _chat),
     "generate": ("one turn: print the answer to one query", _add_generate_arguments, _generate),
+    "train": ("a stage of the curriculum from a YAML file", _add_train_arguments, _train),
     "eval": ("what a model's memory holds over dialogues", _add_eval_arguments, _eval),
     "bench": ("cost of a turn by its number, against a Llama of the same shape", _add_bench_arguments, _bench),
     "convert": ("make an RxT of a pretrained language model", _add_convert_arguments, _convert),

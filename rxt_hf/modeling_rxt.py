@@ -13,6 +13,7 @@
 # limitations under the License.
 """The Reactive Transformer (arXiv 2510.03561): decoder, memory encoder, memory attention, and the causal LM."""
 
+import contextlib
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     create_bidirectional_mask,
     create_causal_mask,
@@ -226,9 +228,10 @@ def one_query_attention(
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, None]:
     """Two products for one query without a mask; on a CPU the kernel of `sdpa` takes several times as long for it."""
-    query = query.reshape(*key.shape[:2], module.num_key_value_groups, -1)
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    return torch.matmul(F.softmax(upcast(weights), dim=-1).to(value.dtype), value), None
+    # three dimensions: of four, the compiler makes sums that are slower still
+    key, value = key.flatten(0, 1), value.flatten(0, 1)
+    weights = torch.bmm(query.reshape(len(key), module.num_key_value_groups, -1), key.transpose(1, 2)) * scaling
+    return torch.bmm(F.softmax(upcast(weights), dim=-1).to(value.dtype), value), None
 
 
 class RxTZeroLinear(nn.Linear):
@@ -290,9 +293,9 @@ class RxTAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        # of the memory, whose keys never grow: a single query is a token that is decoded
+        # a token that is decoded reads the memory
         is_one_query = attention_mask is None and queries.shape[2] == 1 and not (self.is_causal or self.training)
-        if is_one_query and queries.device.type == "cpu" and self.config._attn_implementation == "sdpa":
+        if is_one_query and queries.device.type == "cpu" and attention_interface is sdpa_attention_forward:
             attention_interface = one_query_attention
         output, weights = attention_interface(
             self,
@@ -1070,6 +1073,20 @@ def by_turn(keys_values, turns):
     return [[(keys[turn], values[turn]) for keys, values in split] for turn in range(turns)]
 
 
+@contextlib.contextmanager
+def whole_layers(module: nn.Module):
+    """For turns that are recomputed as a whole: their layers would be recomputed once more each."""
+    layers = [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
+    settings = [layer.gradient_checkpointing for layer in layers]
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer, setting in zip(layers, settings, strict=True):
+            layer.gradient_checkpointing = setting
+
+
 def missing_turns(module: nn.Module, episode: torch.Tensor) -> int:
     """
     How many turns fewer than on another rank an episode of (batch_size, turns, ...) has here. Ranks that each hold a
@@ -1266,11 +1283,12 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
         missing = missing_turns(self, tokens) if is_episode else 0
         if missing:
             attention_mask = torch.ones_like(tokens, dtype=torch.long) if attention_mask is None else attention_mask
-            input_ids, attention_mask, inputs_embeds, kwargs["write_mask"] = (
-                pad_turns(tensor, missing)
-                for tensor in (input_ids, attention_mask, inputs_embeds, kwargs.get("write_mask"))
+            input_ids, attention_mask, inputs_embeds = (
+                pad_turns(tensor, missing) for tensor in (input_ids, attention_mask, inputs_embeds)
             )
             labels = pad_turns(labels, missing, -100)
+            if "write_mask" in kwargs:
+                kwargs["write_mask"] = pad_turns(kwargs["write_mask"], missing)
         recompute = is_episode and labels is not None and self.model.gradient_checkpointing and self.training
         # the routers' loss is one over all turns, so an episode that takes it recomputes by layer, not by turn
         if recompute and not output_router_logits and kwargs.get("write_mask") is None:
@@ -1332,14 +1350,16 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
             num_items_in_batch = (labels[..., 1:] != -100).sum().clamp(min=1)
 
         def turn_loss(index, states, embeds, mask, turn_labels):
-            logits = self.lm_head(self.model.decode(embeds, states, mask, **kwargs))
+            with whole_layers(self.model):
+                logits = self.lm_head(self.model.decode(embeds, states, mask, **kwargs))
+                written = self.model.write(self.model._carried(states, index), embeds, mask)
             loss = self.loss_function(
                 logits=logits,
                 labels=turn_labels,
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
-            return loss, self.model.write(self.model._carried(states, index), embeds, mask)
+            return loss, written
 
         loss = 0.0
         # one unbind: its gradient is one stack, where indexing would make a full-sized gradient for every turn
@@ -1413,7 +1433,7 @@ class RxTForPreTraining(RxTForCausalLM):
         # the part of this batch in an optimizer step over several
         share = 1.0
         if labels is not None and num_items_in_batch is not None:
-            share = labels.ne(-100).sum() / num_items_in_batch
+            share = labels[..., 1:].ne(-100).sum() / num_items_in_batch
         if input_ids.dim() == 3:
             missing = missing_turns(self, input_ids)
             loss, stm_cache = self._memory_loss(pad_turns(input_ids, missing), pad_turns(attention_mask, missing))

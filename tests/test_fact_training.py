@@ -106,7 +106,7 @@ def test_the_cpu_budget_counts_over_resumed_runs_and_stops_with_a_checkpoint(tmp
 
     first = CpuBudget(tmp_path, 10.0)
     assert step(first, 4.0) == (False, False)
-    first.on_save(None, None, None)
+    first.on_save(None, SimpleNamespace(is_world_process_zero=True), None)
     now[0] = 7.0
     second = CpuBudget(tmp_path, 10.0)
     assert step(second, 5.5) == (False, False)

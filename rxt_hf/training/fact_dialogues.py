@@ -4,7 +4,12 @@ Trains the demo, and the baselines it is compared with, on generated fact dialog
 
     python -m rxt_hf.training.fact_dialogues --output_dir out
 
-runs to the end, or resumes from the last checkpoint in `out`. A finished run is trained further by
+runs to the end, or resumes from the last checkpoint in `out`. More processes, on one machine or many, make each step
+larger by as many times `--turns_per_step`:
+
+    torchrun --nproc_per_node 2 -m rxt_hf.training.fact_dialogues --output_dir out --ddp_find_unused_parameters False
+
+A finished run is trained further by
 
     python -m rxt_hf.training.fact_dialogues --output_dir more --start out --skip 0.52 --seed 2
 
@@ -241,7 +246,7 @@ def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
 
 
 class CpuBudget(TrainerCallback):
-    """Counts the CPU seconds of training over all resumed runs, and stops it when they are used up."""
+    """Counts the CPU seconds of the first process over all resumed runs, and stops a run that has used them up."""
 
     def __init__(self, folder: Path, limit: float | None):
         self.path, self.limit = folder / "cpu_seconds.txt", limit
@@ -252,7 +257,8 @@ class CpuBudget(TrainerCallback):
         return self.before + time.process_time() - self.start
 
     def on_save(self, args, state, control, **kwargs):
-        self.path.write_text(f"{self.seconds():.1f}")
+        if state.is_world_process_zero:
+            self.path.write_text(f"{self.seconds():.1f}")
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.limit is not None and self.seconds() > self.limit:
@@ -301,16 +307,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser(cast("Any", (FactDialogueArguments, TrainingArguments)))
     parser.set_defaults(**RECIPE)
     options, args = cast("tuple[FactDialogueArguments, TrainingArguments]", parser.parse_args_into_dataclasses(argv))
+    if options.cpu_seconds is not None and args.world_size > 1:
+        raise ValueError("cpu_seconds would stop one process before the others: use max_steps.")
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    if options.start is not None or (folder / "tokenizer.json").exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.start or folder)
-    else:
-        rng = random.Random(0)
-        # a dialogue's names are few beside its words: without more of them, names would be spelt letter by letter
-        names = (" " + open_name(rng, "train") for _ in range(200_000))
-        tokenizer = train_tokenizer(chain(corpus_texts(20_000), names), vocab_size=options.vocab_size)
-    tokenizer.save_pretrained(folder)
+    with args.main_process_first():
+        if options.start is not None or (folder / "tokenizer.json").exists():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(options.start or folder)
+        else:
+            rng = random.Random(0)
+            # a dialogue's names are few beside its words: without more, names would be spelt letter by letter
+            names = (" " + open_name(rng, "train") for _ in range(200_000))
+            tokenizer = train_tokenizer(chain(corpus_texts(20_000), names), vocab_size=options.vocab_size)
+        if args.process_index == 0:
+            tokenizer.save_pretrained(folder)
     torch.manual_seed(args.seed)
     override: dict[str, Any] = json.loads(options.override or "{}")
     if options.start is None:
@@ -327,7 +337,8 @@ def main(argv: list[str] | None = None) -> None:
         args=args,
         train_dataset=FactDialogues(
             tokenizer,
-            args.max_steps,
+            # each process takes an item of its own, and one for each batch that it accumulates
+            args.max_steps * args.world_size * args.gradient_accumulation_steps,
             options.turns_per_step,
             options.arm,
             seed=args.seed,
@@ -341,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
     trainer.save_model()
     trainer.save_state()
-    if isinstance(model, RxTForCausalLM):
+    if isinstance(model, RxTForCausalLM) and trainer.is_world_process_zero():
         save_compact(model, tokenizer, folder / "demo")
 
 

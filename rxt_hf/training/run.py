@@ -1,0 +1,574 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+r"""
+A stage of the curriculum from a YAML file, with `transformers.Trainer`:
+
+    rxt train pretraining --config pretraining.yaml
+    rxt train memory_aware --config memory_aware.yaml --learning_rate 1e-3 --report_to tensorboard
+
+The file holds fields of [`RunArguments`] and of `TrainingArguments` (`PreferenceArguments` for the stage preference);
+the command line overrides it. A run goes on from the last checkpoint in `output_dir`. At the end `output_dir` holds
+model, tokenizer, code and card, and is what the next stage's `model` names. Several processes are started by
+
+    torchrun --nproc_per_node 2 -m rxt_hf.cli train memory_aware --config memory_aware.yaml
+
+Data are JSONL files, or folders with `train.jsonl` (and `test.jsonl` for `eval_data`), see `rxt_hf.data.readers`, or
+"facts" for generated dialogues. Pre-training also takes `.txt` files, whose documents blank lines separate, and rows
+with `text`. Preference data are dialogues with `rejected` beside answers, or rows with `chosen` and `rejected`; of
+"facts" they are what the model itself answers wrongly.
+"""
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+from torch.utils.data import Dataset
+from transformers import (
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedConfig,
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from ..chat_template import train_tokenizer
+from ..configuration_rxt import RxTConfig
+from ..convert import adapter_config
+from ..data.collator import RxTEpisodeCollator, RxTPreTrainingCollator
+from ..data.facts import generate_dialogue
+from ..data.readers import Episodes, bucket_by_turns, pack_texts, read_episodes, read_jsonl
+from ..evaluation.recall import FIRST_TEST_SEED
+from ..hub import export, model_card
+from ..modeling_rxt import RxTForCausalLM
+from ..presets import PRESETS
+from .fact_dialogues import FIRST_TRAINING_SEED
+from .preference import (
+    PreferenceArguments,
+    PreferenceCollator,
+    PreferenceTrainer,
+    add_own_mistakes,
+    encode_preferences,
+    preference_interactions,
+)
+from .stages import STAGES, set_training_stage, unfreezing_optimizer
+from .upcycle import sampled
+
+logger = logging.get_logger(__name__)
+
+PREFERENCE, FACTS = "preference", "facts"
+STAGE_NAMES = (*STAGES, PREFERENCE)
+# what a run has said about itself, so that another stage does not go on from its checkpoints
+RUN_NAME = "run.json"
+RECIPE: dict[str, Any] = {
+    "logging_steps": 10,
+    "save_steps": 100,
+    "save_total_limit": 2,
+    "report_to": "none",
+    "remove_unused_columns": False,
+    # asked for by name, or bf16 is refused
+    "use_cpu": not torch.accelerator.is_available(),
+}
+
+
+@dataclass
+class RunArguments:
+    """What a run needs beside `TrainingArguments`."""
+
+    data: list[str] = field(default_factory=list, metadata={"help": "files, folders, or facts"})
+    eval_data: list[str] = field(default_factory=list, metadata={"help": "the same, for eval_loss at the end"})
+    model: str | None = field(
+        default=None, metadata={"help": "folder or Hub name to start from; default: a new model"}
+    )
+    tokenizer: str | None = field(
+        default=None, metadata={"help": "folder or Hub name; default: the model's, for a new model one of the data"}
+    )
+    preset: str = field(default="tiny", metadata={"help": f"size of a new model: {', '.join(PRESETS)}"})
+    override: dict | str | None = field(default=None, metadata={"help": "JSON object of further config fields"})
+    vocab_size: int = field(default=2048, metadata={"help": "of a new tokenizer"})
+    attn_implementation: str | None = field(default=None, metadata={"help": "such as eager or flash_attention_2"})
+    dialogues: int | None = field(
+        default=None,
+        metadata={"help": "of each source, drawn at random; facts: so many are written, 1000 if not said"},
+    )
+    eval_dialogues: int = field(default=100, metadata={"help": "the same of eval_data"})
+    turns: int = field(default=8, metadata={"help": "longer dialogues are cut"})
+    tokens: int | None = field(
+        default=None,
+        metadata={"help": "of a row of text; a dialogue ends before a longer interaction; default: the model's"},
+    )
+    max_batch_tokens: int | None = field(
+        default=None,
+        metadata={"help": "batches of equal turns with so many padded tokens; replaces per_device_*_batch_size"},
+    )
+    lora_rank: int = field(default=0, metadata={"help": "LoRA on the decoder, the memory whole; 0 trains everything"})
+    unfreeze: dict | str | None = field(
+        default=None, metadata={"help": "JSON object: start of parameters' names to the step that they move from"}
+    )
+
+    @property
+    def config_fields(self) -> dict[str, Any]:
+        return _object("override", self.override)
+
+    @property
+    def first_steps(self) -> dict[str, int]:
+        return {start: int(step) for start, step in _object("unfreeze", self.unfreeze).items()}
+
+    def number(self, split: str) -> int | None:
+        """Dialogues of each source of a split."""
+        return self.dialogues if split == "train" else self.eval_dialogues
+
+    def __post_init__(self) -> None:
+        for name in ("data", "eval_data"):
+            value = getattr(self, name)
+            setattr(self, name, [value] if isinstance(value, str) else list(value or []))
+        self.override, self.unfreeze = self.config_fields, self.first_steps
+        for name, low in (("turns", 1), ("tokens", 1), ("dialogues", 1), ("max_batch_tokens", 1), ("lora_rank", 0)):
+            if (value := getattr(self, name)) is not None and value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}.")
+
+
+def _object(name: str, value: dict | str | None) -> dict[str, Any]:
+    try:
+        found = json.loads(value) if isinstance(value, str) else value or {}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name} is not JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{name} must be an object, got {value!r}.")
+    return found
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parse(
+    stage: str, words: Sequence[str] = (), config: str | os.PathLike | None = None
+) -> tuple[RunArguments, TrainingArguments]:
+    """
+    The arguments of a run: our defaults, over them the YAML file `config`, over it the words of the command line.
+
+    Raises: `ValueError` for an unknown key or word, and for a value of the wrong type; `OSError` without the file.
+    """
+    training = PreferenceArguments if stage == PREFERENCE else TrainingArguments
+    parser = _Parser(cast("Any", (RunArguments, training)), prog=f"rxt train {stage}", allow_abbrev=False)
+    parser.set_defaults(output_dir=f"rxt-{stage}", **RECIPE)
+    known = {each.name for kind in (RunArguments, training) for each in dataclasses.fields(cast("Any", kind))}
+    parser.set_defaults(**({} if config is None else read_config(Path(config), known)))
+    found: Any = parser.parse_args_into_dataclasses(
+        list(words), look_for_args_file=False, return_remaining_strings=True
+    )
+    options, args, unknown = cast("tuple[RunArguments, TrainingArguments, list[str]]", found)
+    if unknown:
+        raise ValueError(f"The argument {unknown[0]!r} is unknown{_meant(unknown[0].lstrip('-'), known)}.")
+    # the losses come in one forward, and a PEFT model's signature hides the labels
+    args.label_names = ["labels"]
+    return options, args
+
+
+def read_config(path: Path, known: set[str]) -> dict[str, Any]:
+    """The fields in a YAML file; numbers as text, so that argparse checks them as it checks the command line's."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected lines of `name: value`.")
+    for name in content:
+        if name not in known:
+            raise ValueError(f"{path} has the unknown key {name!r}{_meant(str(name), known)}.")
+    # YAML reads 1e-3 as a word, and argparse reads it as a number
+    return {name: str(value) if isinstance(value, int | float) else value for name, value in content.items()}
+
+
+def _meant(name: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def check(stage: str, options: RunArguments, args: TrainingArguments) -> None:
+    """Raises `ValueError` or `OSError` for what is certain to fail later, before anything is loaded."""
+    if stage not in STAGE_NAMES:
+        raise ValueError(f"There is no training stage {stage!r}; the stages are {list(STAGE_NAMES)}.")
+    if not options.data:
+        raise ValueError('data is missing: name files or folders, or "facts" for generated dialogues.')
+    for source, split in [(each, "train") for each in options.data] + [(each, "test") for each in options.eval_data]:
+        if source != FACTS and file_of(source, split).suffix == ".txt" and stage != "pretraining":
+            raise ValueError(f"{source} is plain text: the stage {stage} needs dialogues.")
+    if options.model is None:
+        if options.preset not in PRESETS:
+            raise ValueError(f"There is no preset {options.preset!r}, only {list(PRESETS)}.")
+        if stage == PREFERENCE or options.lora_rank:
+            raise ValueError(f"{'LoRA' if options.lora_rank else stage} needs a model to start from: give model.")
+    elif Path(options.model).exists() and Path(options.model).resolve() == Path(str(args.output_dir)).resolve():
+        raise ValueError(f"model and output_dir are both {options.model}: name another folder for the result.")
+    if options.unfreeze and (options.lora_rank or args.max_steps < 1):
+        raise ValueError("unfreeze needs max_steps, and no lora_rank.")
+    if stage == "memory_aware" and options.turns < 2:
+        raise ValueError("memory_aware needs dialogues of two turns or more, got turns=1: one turn reads no memory.")
+    if unknown := sorted(set(options.config_fields) - {each.name for each in dataclasses.fields(RxTConfig)}):
+        raise ValueError(f"override has {unknown[0]!r}, which is no field of RxTConfig.")
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError("fp16 needs a GPU: use bf16 on a CPU.")
+    said = Path(str(args.output_dir)) / RUN_NAME
+    if said.is_file() and (other := json.loads(said.read_text(encoding="utf-8"))["stage"]) != stage:
+        raise ValueError(f"{args.output_dir} holds a run of the stage {other}: name another output_dir for {stage}.")
+
+
+def file_of(source: str, split: str) -> Path:
+    """The file of a source; raises `FileNotFoundError` if it, or the split of a folder, is not there."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source)
+    files = [path / f"{split}{ending}" for ending in (".jsonl", ".jsonl.gz", ".txt")] if path.is_dir() else [path]
+    if found := [file for file in files if file.is_file()]:
+        return found[0]
+    raise FileNotFoundError(f"{source} has no {split}.jsonl, {split}.jsonl.gz or {split}.txt.")
+
+
+def dialogues_of(source: str, split: str, options: RunArguments) -> list[dict[str, Any]]:
+    """Dialogues of a file, or generated ones; those for tests have values of the kinds that training sees."""
+    if source != FACTS:
+        return sampled(str(file_of(source, split)), split, options.number(split))
+    first = FIRST_TRAINING_SEED if split == "train" else FIRST_TEST_SEED
+    seeds = range(first, first + (options.number(split) or 1000))
+    return [dict(generate_dialogue(seed, num_turns=options.turns)) for seed in seeds]
+
+
+def texts_of(source: str, split: str, options: RunArguments) -> Iterator[str]:
+    """Documents of a file; a dialogue is one, its texts in order."""
+    if source == FACTS:
+        yield from map(_as_text, dialogues_of(source, split, options))
+        return
+    path = file_of(source, split)
+    if path.suffix == ".txt":
+        found = filter(None, map(str.strip, path.read_text(encoding="utf-8").split("\n\n")))
+    else:
+        found = chain.from_iterable(map(_row_texts, read_jsonl(path)))
+    yield from islice(found, options.number(split))
+
+
+def _row_texts(row: dict[str, Any]) -> Iterator[str]:
+    return iter([row["text"]]) if isinstance(row.get("text"), str) else map(_as_text, read_episodes([row]))
+
+
+def _as_text(dialogue: Mapping[str, Any]) -> str:
+    said = (turn.get(name) for turn in dialogue["interactions"] for name in ("instruction", "query", "answer"))
+    return "\n".join(text for text in said if text and isinstance(text, str))
+
+
+def preferences_of(source: str, split: str, options: RunArguments, model: Any, tokenizer: Any) -> list[list[dict]]:
+    """Dialogues with `rejected`, cut after the last of them."""
+    if source == FACTS:
+        dialogues = dialogues_of(source, split, options)
+        batches = (dialogues[start : start + 64] for start in range(0, len(dialogues), 64))
+        return [turns for batch in batches for turns in add_own_mistakes(model, tokenizer, batch)]
+    rows = islice(read_jsonl(file_of(source, split)), options.number(split))
+    found = [
+        preference_interactions(row) if "chosen" in row else next(read_episodes([row]))["interactions"] for row in rows
+    ]
+    return [turns[: options.turns] for turns in found if any(turn.get("rejected") for turn in turns[: options.turns])]
+
+
+def features_of(
+    stage: str, sources: Sequence[str], split: str, options: RunArguments, model: Any, tokenizer: Any
+) -> list[dict[str, Any]]:
+    """What the stage's collator takes; raises `ValueError` if the sources hold nothing that the stage can learn."""
+    needs = "no answer within the limits of turns and tokens"
+    tokens = options.tokens or min(model.config.max_position_embeddings, tokenizer.model_max_length)
+    if stage == "pretraining":
+        texts = chain.from_iterable(texts_of(source, split, options) for source in sources)
+        found, needs = list(pack_texts(tokenizer, texts, tokens)), "no text"
+    elif stage == PREFERENCE:
+        pairs = (preferences_of(source, split, options, model, tokenizer) for source in sources)
+        found = [encode_preferences(tokenizer, turns) for turns in chain.from_iterable(pairs)]
+        needs = "no rejected answer" if sources != [FACTS] else "nothing that the model answers wrongly"
+    else:
+        dialogues = chain.from_iterable(dialogues_of(source, split, options) for source in sources)
+        episodes = Episodes(tokenizer, dialogues, max_turns=options.turns, max_tokens=tokens)
+        found: list[dict[str, Any]] = [episodes[index] for index in range(len(episodes))]
+        if stage == "finetuning":
+            found = [turn for episode in found for turn in _single_turns(episode)]
+        if stage == "memory_aware":
+            many, found = len(found), [episode for episode in found if len(episode["labels"]) > 1]
+            if found and len(found) < many:
+                logger.warning(f"{many - len(found)} of {many} dialogues have one turn, which reads no memory.")
+            needs = "no dialogue of two turns or more" if many else needs
+    if not found:
+        raise ValueError(f"There is {needs} in {', '.join(sources)}: nothing to learn for the stage {stage}.")
+    return found
+
+
+def _single_turns(episode: Mapping[str, list[list[int]]]) -> Iterator[dict[str, list[int]]]:
+    for ids, labels in zip(episode["input_ids"], episode["labels"], strict=True):
+        if any(label != -100 for label in labels):
+            yield {"input_ids": ids, "labels": labels}
+
+
+class Batches(Dataset):
+    """One item is a batch: features of about as many turns and tokens, see [`bucket_by_turns`]."""
+
+    def __init__(self, features: Sequence[dict[str, Any]], max_batch_tokens: int):
+        rows = [row if isinstance(row[0], list) else [row] for row in (feature["input_ids"] for feature in features)]
+        sizes = [(len(turns), max(map(len, turns))) for turns in rows]
+        largest = max(turns * tokens for turns, tokens in sizes)
+        if largest > max_batch_tokens:
+            raise ValueError(
+                f"max_batch_tokens={max_batch_tokens} does not hold the largest item of the data, of {largest} padded "
+                "tokens: raise it, or cut dialogues by turns and tokens."
+            )
+        self.features, self.batches = features, bucket_by_turns(sizes, max_batch_tokens=max_batch_tokens)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        return [self.features[row] for row in self.batches[index]]
+
+
+@dataclass
+class BatchCollator:
+    """A batch of one item, which is a batch."""
+
+    collate: Any
+
+    def __call__(self, features: Sequence[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
+        (batch,) = features
+        return self.collate(batch)
+
+
+def load_tokenizer(options: RunArguments, start: str | None) -> Any:
+    """The tokenizer given, or that of the model, or a new one of the training data."""
+    if name := options.tokenizer or start:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+    else:
+        texts = chain.from_iterable(texts_of(source, "train", options) for source in options.data)
+        fields = PRESETS[options.preset] | options.config_fields
+        tokenizer = train_tokenizer(texts, options.vocab_size, max_length=fields["max_position_embeddings"])
+    if missing := [each for each in ("pad", "bos", "eos", "mask") if getattr(tokenizer, f"{each}_token_id") is None]:
+        raise ValueError(
+            f"The tokenizer {name} has no {missing[0]}_token: see rxt_hf.chat_template.add_control_tokens."
+        )
+    return tokenizer
+
+
+def load_model(stage: str, options: RunArguments, start: str | None, tokenizer: Any) -> RxTForCausalLM:
+    """The stage's class with the weights of `start`, or with new ones; in float32."""
+    model_class = RxTForCausalLM if stage == PREFERENCE else STAGES[stage][0]
+    if start is None:
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+        fields: dict[str, Any] = {
+            **PRESETS[options.preset],
+            **options.config_fields,
+            "vocab_size": len(tokenizer),
+            **ids,
+        }
+        model = model_class(RxTConfig(**fields))
+    else:
+        model_type = PreTrainedConfig.get_config_dict(start)[0].get("model_type")
+        if model_type != "rxt":
+            raise ValueError(f"{start} holds a model of type {model_type!r}: make an RxT of it first (rxt convert).")
+        loaded: Any = model_class.from_pretrained(
+            start, dtype=torch.float32, output_loading_info=True, **options.config_fields
+        )
+        model, info = loaded
+        if info["missing_keys"] or info["mismatched_keys"]:
+            raise ValueError(f"The weights of {start} do not fit its configuration with override={options.override}.")
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {model.config.vocab_size}."
+        )
+    if options.attn_implementation is not None:
+        model.set_attn_implementation(options.attn_implementation)
+    return model
+
+
+def adapted(stage: str, model: RxTForCausalLM, tokenizer: Any, rank: int) -> Any:
+    """The model with LoRA on its decoder, of which what the stage does not train stays still."""
+    from peft import get_peft_model
+
+    model_with_adapters: Any = get_peft_model(model, adapter_config(model, tokenizer, r=rank, lora_alpha=2 * rank))
+    if stage in STAGES:
+        for name, parameter in model_with_adapters.named_parameters():
+            if not name.removeprefix("base_model.model.").startswith(STAGES[stage][1]):
+                parameter.requires_grad_(False)
+    return model_with_adapters
+
+
+def optimizers_of(model: Any, options: RunArguments, args: TrainingArguments) -> tuple[Any, Any]:
+    """AdamW with the schedule of [`unfreezing_optimizer`], or what `Trainer` makes itself."""
+    if not options.unfreeze:
+        return None, None
+    idle = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    schedule = get_scheduler(
+        args.lr_scheduler_type,
+        idle,
+        args.get_warmup_steps(args.max_steps),
+        args.max_steps,
+        scheduler_specific_kwargs=cast("dict", args.lr_scheduler_kwargs or {}),
+    )
+    return unfreezing_optimizer(
+        model,
+        options.first_steps,
+        cast("Any", schedule).lr_lambdas[0],
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        weight_decay=args.weight_decay,
+    )
+
+
+def collator_of(stage: str, tokenizer: Any) -> Any:
+    if stage == PREFERENCE:
+        return PreferenceCollator(tokenizer.pad_token_id)
+    if stage == "memory_aware":
+        return RxTEpisodeCollator(tokenizer.pad_token_id)
+    special = [token for token, added in tokenizer.added_tokens_decoder.items() if added.special]
+    return RxTPreTrainingCollator(
+        tokenizer.pad_token_id, mask_token_id=tokenizer.mask_token_id, special_token_ids=special
+    )
+
+
+def build_trainer(
+    stage: str, options: RunArguments, args: TrainingArguments, model: RxTForCausalLM, tokenizer: Any
+) -> Trainer:
+    """The stage's `Trainer`, with data sets."""
+    splits = [(options.data, "train"), (options.eval_data, "test")]
+    data: list[Any] = [
+        features_of(stage, sources, split, options, model, tokenizer) if sources else None for sources, split in splits
+    ]
+    collator = collator_of(stage, tokenizer)
+    if limit := options.max_batch_tokens:
+        data = [found and Batches(found, limit) for found in data]
+        collator = BatchCollator(collator)
+        args.per_device_train_batch_size = args.per_device_eval_batch_size = 1
+    trainer_class: Any = PreferenceTrainer if stage == PREFERENCE else Trainer
+    reference = {}
+    if stage == PREFERENCE:
+        reference["reference_model"] = None if options.lora_rank else copy.deepcopy(model)
+    else:
+        set_training_stage(model, stage)
+    trained: Any = adapted(stage, model, tokenizer, options.lora_rank) if options.lora_rank else model
+    return trainer_class(
+        trained,
+        args,
+        train_dataset=data[0],
+        eval_dataset=data[1],
+        data_collator=collator,
+        processing_class=tokenizer,
+        optimizers=optimizers_of(trained, options, args),
+        **reference,
+    )
+
+
+def train(stage: str, options: RunArguments, args: TrainingArguments) -> Path:
+    r"""
+    Runs a stage to its end, from the last checkpoint in `args.output_dir` if there is one.
+
+    Returns: `args.output_dir`, a folder as [`rxt_hf.hub.export`] writes it.
+
+    Raises: `ValueError` or `OSError` for what does not fit together, before the first step.
+    """
+    check(stage, options, args)
+    folder = Path(str(args.output_dir))
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    set_seed(args.seed)
+    # a checkpoint of a new model holds its tokenizer, too
+    start = options.model or checkpoint
+    tokenizer = load_tokenizer(options, start)
+    model = load_model(stage, options, start, tokenizer).to(args.device)
+    trainer = build_trainer(stage, options, args, model, tokenizer)
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RUN_NAME).write_text(json.dumps({"stage": stage, **dataclasses.asdict(options)}, indent=1) + "\n")
+    measured = {"seconds": trainer.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]}
+    if checkpoint is not None:
+        measured["resumed"] = int(checkpoint.rpartition("-")[2])
+    if options.eval_data:
+        measured["eval_loss"] = trainer.evaluate()["eval_loss"]
+    trainer.save_state()
+    if not options.lora_rank:
+        trainer.save_model()
+    elif trainer.is_world_process_zero():
+        cast("Any", trainer.model).merge_and_unload().save_pretrained(folder)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        # what was saved, as the class that chats
+        final = RxTForCausalLM.from_pretrained(folder)
+        card = model_card(final, folder.name, **card_facts(stage, options, trainer, measured))
+        export(final, folder, tokenizer, card=card)
+    return folder
+
+
+def card_facts(stage: str, options: RunArguments, trainer: Trainer, measured: Mapping[str, float]) -> dict[str, Any]:
+    """What `rxt_hf.hub.model_card` takes: where the model comes from, what it read, how long, and its losses."""
+    names = [source if source == FACTS else Path(source).name for source in options.data]
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    tests = [source if source == FACTS else Path(source).name for source in options.eval_data]
+    found = [("train", "training loss, as last logged", names, losses[-1:])]
+    found += [("test", "evaluation loss", tests, [measured[name] for name in ("eval_loss",) if name in measured])]
+    results = [
+        {
+            "dataset_name": ", ".join(sources),
+            "dataset_type": sources[0],
+            "dataset_split": split,
+            "metric_type": "loss",
+            "metric_name": metric,
+            "metric_value": round(value, 4),
+        }
+        for split, metric, sources, values in found
+        for value in values
+    ]
+    base = options.model and (Path(options.model).name if Path(options.model).exists() else options.model)
+    resumed = f", from step {measured['resumed']} on" if "resumed" in measured else ""
+    lora = f"with LoRA of rank {options.lora_rank}, " if options.lora_rank else ""
+    sentence = (
+        f"Stage `{stage}` of the curriculum, {lora}{trainer.state.global_step} steps, started from "
+        f"{base or 'random weights'}; {measured['seconds']:.0f} s{resumed} on {trainer.args.world_size} x "
+        f"{trainer.args.device.type}. Data:"
+    )
+    return {"base_model": base, "datasets": names, "data": sentence, "results": results}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="YAML file of arguments")
+    parser.add_argument("stage", choices=STAGE_NAMES, metavar="STAGE", help=", ".join(STAGE_NAMES))
+    parser.add_argument(
+        "arguments",
+        nargs=argparse.REMAINDER,
+        help="--config FILE and any argument; `rxt train STAGE --help` lists them",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Trains a stage and prints the folder of the result; returns the exit code."""
+    config = argparse.ArgumentParser(prog="rxt train", add_help=False, allow_abbrev=False)
+    config.add_argument("--config", default=options.config)
+    found, words = config.parse_known_args(options.arguments)
+    settings, args = parse(options.stage, words, found.config)
+    folder = train(options.stage, settings, args)
+    if args.process_index == 0:
+        print(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    own = argparse.ArgumentParser(prog="rxt train", description=__doc__)
+    add_arguments(own)
+    sys.exit(run(own.parse_args()))

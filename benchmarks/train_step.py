@@ -8,8 +8,8 @@ checkpointing and by depth of back-propagation, against a Llama of the same deco
 A step is forward, backward and AdamW on random ids. Times are medians of one run in which all cases alternate, ratios
 medians over its rounds. Peak memory is measured in a process of its own for each case, for the first step:
 
-    peak_bytes         highest resident memory above that before the step; gradients and AdamW's moments are in it
-    activation_bytes   the same in a process in which gradients and moments were there before the step
+    peak_bytes   highest resident memory of the process during the step
+    step_bytes   of it above what was there before the step: activations, gradients, AdamW's moments
 """
 
 import argparse
@@ -84,14 +84,6 @@ class Step:
         self.optimizer.zero_grad(set_to_none=False)
         return {"step_s": time.perf_counter() - start}
 
-    def make_state(self) -> int:
-        """Gradients and moments as a step leaves them, without a step; and their bytes."""
-        for parameter in self.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-        moments = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
-        return sum(tensor.nbytes for tensor in [*moments, *(p.grad for p in self.model.parameters())])
-
 
 def adamw(model: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -107,12 +99,11 @@ def highest_resident_bytes() -> int:
 
 
 def measure_peak(arm: str, turns: int, options: argparse.Namespace) -> dict[str, int]:
-    """To be called in a fresh process: what the first step takes above what was there before it."""
+    """To be called in a fresh process: what the first step takes."""
     # both models stay: what one of them left behind would be room for the step
     models = models_of(options)
     model = models[ARMS[arm][0]]
     step = Step(arm, model, adamw(model), options)
-    state_bytes = step.make_state() if options.with_state else 0
     before = psutil.Process().memory_info().rss
     # whatever was higher for a moment before would hide what the step takes
     clear = Path("/proc/self/clear_refs")
@@ -120,8 +111,7 @@ def measure_peak(arm: str, turns: int, options: argparse.Namespace) -> dict[str,
         clear.write_text("5")
     step.run(turns)
     peak = highest_resident_bytes()
-    name = "activation_bytes" if options.with_state else "peak_bytes"
-    return {name: peak - before} | ({"state_bytes": state_bytes} if options.with_state else {})
+    return {"peak_bytes": peak, "step_bytes": peak - before}
 
 
 def peak_in_own_process(arm: str, turns: int, options: argparse.Namespace) -> dict[str, int]:
@@ -129,13 +119,11 @@ def peak_in_own_process(arm: str, turns: int, options: argparse.Namespace) -> di
     base = [sys.executable, __file__, "--child", arm, "--turns", str(turns)]
     for name in ("size", "override", "tokens", "batch_size", "dtype", "attn_implementation", "threads"):
         base += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    found: dict[str, int] = {}
-    for state in ([], ["--with-state"]):
-        for _ in range(options.memory_repeats):
-            answer = subprocess.run([*base, *state], check=True, capture_output=True, text=True).stdout
-            for name, value in json.loads(answer.splitlines()[-1]).items():
-                found[name] = min(value, found.get(name, value))
-    return found
+    found = []
+    for _ in range(options.memory_repeats):
+        answer = subprocess.run(base, check=True, capture_output=True, text=True).stdout
+        found.append(json.loads(answer.splitlines()[-1]))
+    return {name: min(each[name] for each in found) for name in found[0]}
 
 
 def measure_times(options: argparse.Namespace) -> tuple[dict[str, dict[str, dict]], dict[str, float]]:
@@ -171,7 +159,7 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
         for turns, figures in by_turns.items():
             if options.memory_repeats:
                 figures |= peak_in_own_process(arm, int(turns), options)
-        for name in ("peak_bytes", "activation_bytes") if options.memory_repeats else ():
+        for name in ("peak_bytes", "step_bytes") if options.memory_repeats else ():
             for turns, figures in by_turns.items():
                 if turns != first:
                     ratios[f"{arm}_{name}_at_{turns}_over_{first}"] = figures[name] / by_turns[first][name]
@@ -180,7 +168,7 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "dtype": options.dtype,
         "threads": options.threads,
-        "options": {name: value for name, value in vars(options).items() if name not in ("child", "with_state")},
+        "options": {name: value for name, value in vars(options).items() if name != "child"},
         "size": SIZES[options.size] | json.loads(options.override),
         "steps": table,
         "ratios": ratios,
@@ -209,8 +197,8 @@ def markdown(report: dict[str, Any]) -> str:
     blocks = []
     for field, title, scale in (
         ("tokens_per_s", "tokens per second", 1.0),
-        ("peak_bytes", "peak of the first step, MiB", 2**-20),
-        ("activation_bytes", "of it activations, MiB", 2**-20),
+        ("peak_bytes", "peak of the process, MiB", 2**-20),
+        ("step_bytes", "of it the step's, MiB", 2**-20),
     ):
         rows = [
             [arm, *(shown(found[number][field] * scale) for number in turns)]
@@ -247,7 +235,6 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--threads", type=count, default=1)
     found.add_argument("--output", default="train_step.json", metavar="FILE", help="the report, as JSON")
     found.add_argument("--child", choices=ARMS, help=argparse.SUPPRESS)
-    found.add_argument("--with-state", action="store_true", help=argparse.SUPPRESS)
     return found
 
 

@@ -124,9 +124,10 @@ class MemoryTasks(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         options, rng = self.options, Random(index)
         task = options.tasks[index % len(options.tasks)]
-        # grows over the first 60 % of the run; a third of the steps are smaller, so that what was learnt stays
+        # grows by equal factors over the first 60 % of the run, since it is few pairs that teach to bind a value to its
+        # key; a third of the steps are smaller still, so that what was learnt stays
         growth = min(1.0, index / (0.6 * self.steps))
-        size = round(options.first_size + growth * (options.size - options.first_size))
+        size = round(options.first_size * (options.size / options.first_size) ** growth)
         if rng.random() < 1 / 3:
             size = options.first_size + int(rng.random() * (size - options.first_size + 1))
         episodes, turns = [], 0
@@ -220,12 +221,13 @@ def main(argv: list[str] | None = None) -> None:
     model.set_attn_implementation("eager")
     optimizer = MuonAdamW(model, args)
     factor = partial(learning_rate_factor, steps=args.max_steps, warmup_steps=int(args.warmup_steps))
+    budget = CpuBudget(folder, options.cpu_seconds)
     trainer = TaskTrainer(
         model=model,
         args=args,
         train_dataset=MemoryTasks(tokenizer, options, args.max_steps),
         data_collator=lambda batches: batches[0],
-        callbacks=[CpuBudget(folder, options.cpu_seconds)],
+        callbacks=[budget],
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
@@ -239,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
         "memory_bytes": model.init_stm(1).nbytes,
         "steps": trainer.state.global_step,
         "seed": args.seed,
-        "cpu_seconds": float((folder / "cpu_seconds.txt").read_text()),
+        "cpu_seconds": round(budget.seconds(), 1),
         "exact": [
             exact(model, tokenizer, task, size, options.test_episodes) for task in options.tasks for size in sizes
         ],

@@ -124,8 +124,8 @@ class MemoryTasks(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         options, rng = self.options, Random(index)
         task = options.tasks[index % len(options.tasks)]
-        # grows by equal factors over the first 60 % of the run, since it is few pairs that teach to bind a value to its
-        # key; a third of the steps are smaller still, so that what was learnt stays
+        # grows by equal factors over the first 60 % of the run: few pairs are what teaches to bind a value to its key.
+        # A third of the steps are smaller still, so that what was learnt stays
         growth = min(1.0, index / (0.6 * self.steps))
         size = round(options.first_size * (options.size / options.first_size) ** growth)
         if rng.random() < 1 / 3:

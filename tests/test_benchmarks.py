@@ -11,8 +11,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DECODE_SHARES = (
-    "Decoding reaches {} of the current-turn Llama's tokens per second at batch 1 and {} at batch 8; with the paper's "
-    "sparse attention to the memory (`--size 100m-sqa`, [JSON](benchmarks/results/decode_100m_sqa.json)) {} and {}."
+    "Decoding reaches {} of the current-turn Llama's tokens per second at batch 1 and {} at batch 8 "
+    "([JSON](benchmarks/results/decode_100m.json)); with the paper's sparse attention to the memory "
+    "(`--size 100m-sqa`, [JSON](benchmarks/results/decode_100m_sqa.json)) {} and {}."
+)
+CONVERSATIONS = (
+    "In {} GiB the states of {} conversations fit at every length, of the KV cache {} after turn 8 and {} after turn "
+    "64; eight conversations at turn 8 get {} tokens per second in one batch, with the KV cache {}"
 )
 
 
@@ -94,13 +99,23 @@ def test_costs_of_a_turn_are_shown_as_they_were_measured():
     }
     assert len(states["rxt"]) == 1 and f"stays at {states['rxt'].pop():,} KiB" in readme
     assert f"{max(states['persistent_cache']):,} KiB after turn 64" in readme
-    sparse = json.loads((RESULTS / "decode_100m_sqa.json").read_text())["ratios"]
-    shares = [
-        f"{found[f'decode_share_of_current_turn_at_batch_{batch_size}_eager']:.2f}"
-        for found in (ratios, sparse)
-        for batch_size in (1, 8)
-    ]
+    files = [RESULTS / name for name in ("decode_100m.json", "decode_100m_sqa.json")]
+    decoded = [json.loads(file.read_text())["ratios"] for file in files]
+    names = [f"decode_share_of_current_turn_at_batch_{rows}_eager" for rows in (1, 8)]
+    shares = [f"{found[name]:.2f}" for found in decoded for name in names]
     assert DECODE_SHARES.format(*shares) in readme
+
+
+def test_conversations_in_a_budget_are_shown_as_they_were_measured():
+    report = json.loads((RESULTS / "concurrency_100m.json").read_text())
+    (ours,) = {found["conversations"] for found in report["states"]["rxt"].values()}
+    others = report["states"]["persistent_cache"]
+    counts = (f"{report['options']['budget_gib']:g}", ours, *(others[turn]["conversations"] for turn in ("8", "64")))
+    rates = report["tokens_per_s"]["batched"]["8"]
+    assert report["options"]["at_turn"] == 8
+    assert CONVERSATIONS.format(*counts, *(f"{rates[arm]:.3g}" for arm in ("rxt", "persistent_cache"))) in " ".join(
+        (ROOT / "README.md").read_text().split()
+    )
 
 
 def test_recall_in_fewer_bits_is_shown_as_it_was_measured():

@@ -2,6 +2,7 @@
 """What the model guarantees beside its numbers, which test_reference_parity.py compares with the reference."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import transformers.modeling_flash_attention_utils as flash
 from transformers import DynamicCache
 
 from rxt_hf import RxTForCausalLM, StateError, STMCache
-from rxt_hf.modeling_rxt import RxTResidualGate
+from rxt_hf.modeling_rxt import RxTResidualGate, eager_attention_forward, one_query_attention
 
 from .models import EXPERTS, close, counted_calls, random_ids, random_memory, tiny_config, tiny_model
 
@@ -544,11 +545,10 @@ def flash_kernels(monkeypatch):
 
 
 @pytest.mark.parametrize("key_value_heads", [1, 2, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_decoded_token_reads_the_memory_without_the_kernel_that_is_slow_for_it(monkeypatch, key_value_heads, dtype):
-    model = tiny_model(cross_attention_num_key_value_heads=key_value_heads).to(dtype)
+def test_a_decoded_token_reads_the_memory_without_the_kernel_that_is_slow_for_it(monkeypatch, key_value_heads):
+    model = tiny_model(cross_attention_num_key_value_heads=key_value_heads).bfloat16()
     states, queries, attend = (
-        random_memory(model).states.to(dtype),
+        random_memory(model).states.bfloat16(),
         [],
         torch.nn.functional.scaled_dot_product_attention,
     )
@@ -558,13 +558,19 @@ def test_a_decoded_token_reads_the_memory_without_the_kernel_that_is_slow_for_it
         return attend(query, key, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    found = [layer.memory_cross_attn for layer in model.model.layers]
     logits = model(IDS[:, :1], stm_cache=states).logits
-    layers = model.config.num_hidden_layers
-    assert queries == [1] * layers
+    assert queries == [1] * len(found)
     model(IDS[:, :2], stm_cache=states)
-    assert queries[layers:] == [2] * 2 * layers
+    assert queries[len(found) :] == [2] * 2 * len(found)
     model.set_attn_implementation("eager")
-    close(logits, model(IDS[:, :1], stm_cache=states).logits, 1e-5 if dtype == torch.float32 else 0.1)
+    close(logits, model(IDS[:, :1], stm_cache=states).logits, 0.1)
+    # the same products in full precision
+    query, keys, values = torch.randn(2, 4, 1, 8), *torch.randn(2, 2, key_value_heads, 5, 8)
+    module = SimpleNamespace(num_key_value_groups=4 // key_value_heads, training=False)
+    expected, _ = eager_attention_forward(module, query, keys, values, None, 0.3)
+    output, _ = one_query_attention(module, query, keys, values, None, 0.3)
+    close(output.reshape(2, 1, 32), expected.reshape(2, 1, 32))
 
 
 # ---- masks of what is read and written

@@ -260,7 +260,7 @@ def test_recipe_trains_resumes_and_reports_recall_by_distance(tokenizer, data, t
     name = "model.memory_encoder.layers.0.mlp.up_proj.weight"
     assert not torch.equal(weights[0][name], RxTForCausalLM.from_pretrained(base).state_dict()[name])
     whole, resumed = (
-        json.loads((folder / "recall.json").read_text())[data.name] for folder in (tmp_path / "whole", stopped)
+        json.loads((folder / "recall.json").read_text())["nats"][data.name] for folder in (tmp_path / "whole", stopped)
     )
     assert resumed == {name: whole[name] for name in ("own", "cleared", "shuffled")}
     assert set(whole["own"]) == {"all", "1-1", "2-2"} and whole["own"]["2-2"][1] == 3

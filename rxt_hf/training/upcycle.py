@@ -16,6 +16,8 @@ With `--quantization nf4` (or int8) the frozen base is held in 4 (or 8) bits whi
 """
 
 import json
+import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,6 +47,7 @@ from ..convert import adapter_config
 from ..data.collator import RxTEpisodeCollator
 from ..data.readers import Episodes, bucket_by_turns
 from ..evaluation.memory import DISTANCES, Memory, recalled_at, sampled, token_losses
+from ..evaluation.speed import environment
 from ..modeling_rxt import RxTForCausalLM
 from .fact_dialogues import CpuBudget
 
@@ -332,15 +335,17 @@ def main(argv: list[str] | None = None) -> None:
     episodes = Episodes(tokenizer, dialogues, max_turns=options.turns, max_tokens=options.tokens)
     rank = options.lora_rank
     adapted: Any = get_peft_model(model, adapter_config(model, tokenizer, r=rank, lora_alpha=2 * rank))
+    budget = CpuBudget(folder, options.cpu_seconds)
     trainer = UpcycleTrainer(
         model=adapted,
         args=args,
         train_dataset=TrainingSteps(episodes, args.max_steps, options),
         data_collator=StepCollator(tokenizer.pad_token_id),
-        callbacks=[CpuBudget(folder, options.cpu_seconds)],
+        callbacks=[budget],
     )
     trainer.recall_weight = options.recall_weight
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    seconds = round(budget.seconds(), 1)
     trainer.save_model()
     trainer.save_state()
     if options.quantization != "none":
@@ -350,7 +355,14 @@ def main(argv: list[str] | None = None) -> None:
     merged.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     results = measure(merged, tokenizer, options)
-    for name, content in (("recall.json", results), ("card.json", card_facts(results, options))):
+    report = {
+        "environment": environment(str(merged.device)),
+        "command": shlex.join(["python", "-m", "rxt_hf.training.upcycle", *(sys.argv[1:] if argv is None else argv)]),
+        "steps": trainer.state.global_step,
+        "cpu_seconds": seconds,
+        "nats": results,
+    }
+    for name, content in (("recall.json", report), ("card.json", card_facts(results, options))):
         (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

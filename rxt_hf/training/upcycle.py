@@ -89,6 +89,9 @@ class UpcycleArguments:
     quantization: Literal["none", "nf4", "int8"] = field(
         default="none", metadata={"help": "of the frozen base: nf4 needs bitsandbytes, int8 torchao"}
     )
+    memory_learning_rate: float | None = field(
+        default=None, metadata={"help": "of what is trained whole, the memory; default: learning_rate"}
+    )
     lora_rank: int = field(default=8, metadata={"help": "of the adapters on the frozen decoder"})
     dialogues: int | None = field(default=None, metadata={"help": "read so many of each folder only"})
     test_dialogues: int = field(default=200, metadata={"help": "of each folder"})
@@ -317,6 +320,20 @@ def quantized(kind: str) -> dict[str, Any]:
     return {"quantization_config": config}
 
 
+def optimizer_of(model: torch.nn.Module, options: UpcycleArguments, args: TrainingArguments) -> torch.optim.Optimizer:
+    """AdamW, in which the memory may learn faster than the decoder's adapters."""
+    groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups["memory" in name].append(parameter)
+    rates = {True: options.memory_learning_rate or args.learning_rate, False: args.learning_rate}
+    return torch.optim.AdamW(
+        [{"params": parameters, "lr": rates[kind]} for kind, parameters in groups.items()],
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.weight_decay,
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     from peft import PeftModel, get_peft_model
 
@@ -342,6 +359,7 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=TrainingSteps(episodes, args.max_steps, options),
         data_collator=StepCollator(tokenizer.pad_token_id),
         callbacks=[budget],
+        optimizers=(optimizer_of(adapted, options, args), None),
     )
     trainer.recall_weight = options.recall_weight
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))

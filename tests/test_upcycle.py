@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from rxt_hf import RxTForCausalLM
 from rxt_hf.chat_template import CONTROL_TOKENS, train_tokenizer
@@ -270,6 +270,19 @@ def test_recipe_trains_resumes_and_reports_recall_by_distance(tokenizer, data, t
     assert f"| nats per recalled token, own memory | {data.name}, test | {own} |" in card
     assert f"| nats per recalled token, source query only | {data.name}, test | {without} |" in card
     assert "made from source" in card
+
+
+def test_memory_may_learn_at_a_rate_of_its_own(tokenizer):
+    adapted = peft.get_peft_model(converted(), adapter_config(converted(), r=2))
+    options = upcycle.UpcycleArguments(model="", data=[], memory_learning_rate=1e-3)
+    args = TrainingArguments("unused", use_cpu=True, report_to="none", learning_rate=1e-4)
+    names = {id(parameter): name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    rates = {}
+    for group in upcycle.optimizer_of(adapted, options, args).param_groups:
+        rates |= {names[id(parameter)]: group["lr"] for parameter in group["params"]}
+    assert len(rates) == len(names)
+    assert {rate for name, rate in rates.items() if "lora" in name} == {1e-4}
+    assert {rate for name, rate in rates.items() if "memory_encoder" in name} == {1e-3}
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

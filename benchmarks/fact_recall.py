@@ -2,9 +2,10 @@
 """
 Recall of the demo, its controls and its baselines on held-out fact dialogues, greedy and closed loop.
 
-    python benchmarks/fact_recall.py --full-history DIR --current-turn DIR --output benchmarks/results/fact_recall.json
+    python benchmarks/fact_recall.py --first-run DIR --full-history DIR --current-turn DIR --output fact_recall.json
 
-DIR are baselines trained by `python -m rxt_hf.training.fact_dialogues --arm ...`; without them only the demo is
+DIR are folders of `python -m rxt_hf.training.fact_dialogues`: the demo's first run, to which `--arm full_history` and
+`--arm current_turn` are compared, since the demo was trained further than they were. Without them only the demo is
 measured. About 15 minutes on one core.
 """
 
@@ -24,6 +25,7 @@ from rxt_hf.evaluation.speed import environment
 
 # turns of a dialogue, and how many dialogues give a few hundred questions
 DIALOGUES = {4: 400, 8: 200, 16: 120, 32: 60, 64: 40}
+ARMS = ("first_run", "full_history", "current_turn")
 CASES = [("seen", turns) for turns in (8, 16, 32, 64)]
 CASES += [("unseen", 8), ("unseen", 16), ("unseen", 32), ("open", 4), ("open", 8), ("open", 16)]
 
@@ -54,8 +56,8 @@ def measure(model, tokenizer, share: float, *, full_history: bool = False, cases
 def training(folder: str) -> dict:
     """What the training run wrote down, if this is its folder or the demo's."""
     if Path(folder) == rxt_hf.DEMO:
-        run = json.loads(Path(__file__).with_name("results").joinpath("demo_training.json").read_text())
-        return {"training_cpu_seconds": run["cpu_seconds"], "training_steps": run["steps"]}
+        runs = json.loads(Path(__file__).with_name("results").joinpath("demo_training.json").read_text())["runs"]
+        return {f"training_{name}": sum(run[name] for run in runs) for name in ("cpu_seconds", "steps")}
     if not Path(folder, "cpu_seconds.txt").exists():
         return {"training_cpu_seconds": None, "training_steps": None}
     state = json.loads(Path(folder, "trainer_state.json").read_text())
@@ -110,7 +112,7 @@ def arms_table(report: dict) -> str:
     """Recall of trained pairs and answer perplexity of the three arms, in Markdown."""
     lengths = (8, 16, 32, 64)
     titles = {
-        "rxt": "RxT, fixed-size memory",
+        "first_run": "RxT, fixed-size memory",
         "full_history": "Llama, re-reads the whole history",
         "current_turn": "Llama, current turn only",
     }
@@ -138,11 +140,6 @@ def measure_rxt(folder: str, share: float) -> dict:
     return arms
 
 
-def measure_history(folder: str, share: float, *, full_history: bool) -> dict:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    return measure(load(folder), tokenizer, share, full_history=full_history)
-
-
 def load(folder: str):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
@@ -150,6 +147,7 @@ def load(folder: str):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(rxt_hf.DEMO))
+    parser.add_argument("--first-run", help="folder of the demo before it was trained further")
     parser.add_argument("--full-history", help="folder of the Llama that re-reads the whole dialogue")
     parser.add_argument("--current-turn", help="folder of the Llama that sees one turn only")
     parser.add_argument("--share", type=float, default=1.0, help="share of the dialogues to play")
@@ -162,14 +160,16 @@ def main() -> None:
     if "rxt" not in report:
         report |= measure_rxt(options.model, options.share)
     report["rxt"] |= training(options.model)
-    for arm, folder in (("full_history", options.full_history), ("current_turn", options.current_turn)):
+    for arm in ARMS:
+        folder = getattr(options, arm)
         if folder is not None and arm not in report:
-            report[arm] = measure_history(folder, options.share, full_history=arm == "full_history")
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            report[arm] = measure(load(folder), tokenizer, options.share, full_history=arm == "full_history")
         if folder is not None:
             report[arm] |= training(folder)
     path.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
-    if {"full_history", "current_turn"} <= report.keys():
+    if report.keys() >= set(ARMS):
         print(arms_table(report))
 
 

@@ -122,7 +122,7 @@ def main() -> None:
     packages = [name for name in ("torchao", "bitsandbytes") if find_spec(name)]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(options.model)
     report = {
-        "environment": environment() | {name: version(name) for name in packages},
+        "environment": environment("cpu") | {name: version(name) for name in packages},
         "share_of_dialogues": options.share,
         "arms": {
             name: measure(name, options.model, tokenizer, options.share)

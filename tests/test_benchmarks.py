@@ -4,6 +4,8 @@
 import importlib.util
 import json
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,18 +46,30 @@ def test_baselines_are_shown_as_they_were_measured(fact_recall, page):
         arm: next(
             f"{row['recall']:.3f}" for row in report[arm]["recall"] if (row["split"], row["turns"]) == ("open", 4)
         )
-        for arm in ("full_history", "rxt")
+        for arm in fact_recall.ARMS
     }
-    assert "({full_history} against {rxt} at 4 turns)".format(**open_recall) in text
-    steps = {arm: report[arm]["training_steps"] for arm in ("rxt", "full_history", "current_turn")}
-    assert (
-        steps["rxt"] == steps["current_turn"]
-        and f"{steps['rxt']:,}" in text
-        and f"{steps['full_history']}" in (text.replace(",", ""))
-    )
-    # of equal size
-    sizes = [report[arm]["parameters"] for arm in ("rxt", "full_history", "current_turn")]
+    assert "({full_history} against {first_run} at 4 turns)".format(**open_recall) in text
+    steps = {arm: report[arm]["training_steps"] for arm in fact_recall.ARMS}
+    assert steps["first_run"] == steps["current_turn"]
+    assert f"{steps['first_run']:,}" in text and str(steps["full_history"]) in text.replace(",", "")
+    # of equal size, and trained with what the demo had before it was trained further
+    sizes = [report[arm]["parameters"] for arm in (*fact_recall.ARMS, "rxt")]
     assert max(sizes) <= 1.02 * min(sizes)
+    more = report["rxt"]["training_cpu_seconds"] - report["first_run"]["training_cpu_seconds"]
+    assert f"{more:,.0f} CPU seconds" in text
+
+
+def test_a_memory_in_fewer_bits_is_measured(fact_recall, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fact_recall", fact_recall)
+    monkeypatch.setattr(sys, "argv", ["x", "--share", "0.01", "--output", str(tmp_path / "report.json")])
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "quantized_recall.py"))
+    arms = benchmark["ARMS"]
+    for name in set(arms) - {"float32", "int8 memory"}:
+        del arms[name]
+    benchmark["main"]()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report["arms"]) == {"float32", "int8 memory"} and report["environment"]["threads"]
+    assert "| int8 memory |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", ["README.md", "model_cards/rxt-tiny-facts.md"])

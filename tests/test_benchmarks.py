@@ -59,6 +59,25 @@ def test_baselines_are_shown_as_they_were_measured(fact_recall, page):
     assert f"{more:,.0f} CPU seconds" in text
 
 
+def test_card_of_the_converted_model_says_what_was_measured():
+    report = json.loads((RESULTS / "upcycle_smollm2.json").read_text())
+    text = " ".join((ROOT / "model_cards" / "rxt-smollm2-135m-sgd.md").read_text().split())
+    nats = {arm: found["all"][0] for arm, found in report["nats"]["sgd"].items() if arm != "gap_closed"}
+    assert len(nats) == 5
+    for arm, value in nats.items():
+        assert re.search(
+            rf"\| nats per recalled token, {arm.replace('_', ' ')}[ \w]* \| sgd, test \| {value} \|", text
+        )
+    falls = f"falls from {nats['source_query_only']:.2f} nats (the language model, query alone) to {nats['own']:.2f}"
+    assert falls in text and f"has {nats['cleared']:.2f}, with another dialogue's {nats['shuffled']:.2f}" in text
+    assert f"after {report['steps']} steps, {report['cpu_seconds']:,.0f} CPU seconds" in text
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert (
+        f"{nats['source_query_only']:.2f} nats" in readme
+        and f"({nats['cleared']:.2f} with the memory cleared)" in readme
+    )
+
+
 def test_a_memory_in_fewer_bits_is_measured(fact_recall, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "fact_recall", fact_recall)
     monkeypatch.setattr(sys, "argv", ["x", "--share", "0.01", "--output", str(tmp_path / "report.json")])

@@ -328,3 +328,13 @@ def test_example_ends_as_it_promises(tokenizer, data, tmp_path, monkeypatch, cap
     assert re.sub(r"\d+", "N", lines[-1]) == re.sub(r"\d+", "N", promised)
     model = from_llm(make_source(), num_memory_slots=32, memory_layers=[0, 2], tokenizer=tokenizer)
     assert peft.PeftModel.from_pretrained(model, tmp_path / "out")
+
+
+def test_what_cannot_be_measured_is_left_out_or_refused_by_name(tokenizer, data, tmp_path):
+    options = upcycle.UpcycleArguments(model="", data=[str(data)], tokens_per_step=1)
+    # every batch is one dialogue, so there is no other's memory
+    assert set(upcycle.measure(rxt(tokenizer), tokenizer, options)[data.name]) == {"own", "cleared"}
+    (tmp_path / "test.jsonl").write_text(json.dumps({"interactions": DIALOGUE[:2]}))
+    options.data = [str(tmp_path)]
+    with pytest.raises(ValueError, match=r"No test dialogue of .* recalls a word"):
+        upcycle.measure(rxt(tokenizer), tokenizer, options)

@@ -24,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import rxt_hf
 from rxt_hf.data.facts import UNKNOWN_ANSWER, generate_dialogue
 from rxt_hf.evaluation.recall import recall
+from rxt_hf.evaluation.speed import environment
 from rxt_hf.training.fact_dialogues import MIX
 from rxt_hf.training.preference import (
     PreferenceArguments,
@@ -106,7 +107,8 @@ def loaded(folder: str):
 
 def report(path: Path, before: list[dict], after: list[dict], **facts) -> None:
     """Writes what was measured before and after, and prints it side by side."""
-    path.write_text(json.dumps(facts | {"before": before, "after": after}, indent=1))
+    content = {"environment": environment("cpu"), **facts, "before": before, "after": after}
+    path.write_text(json.dumps(content, indent=1) + "\n")
     for old, new in zip(before, after, strict=True):
         for name in ("recall", "stale", "abstention"):
             print(f"{old['split']:5} {old['turns']:2} turns  {name:10} {old[name]} -> {new[name]}")

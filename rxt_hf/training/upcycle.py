@@ -254,6 +254,8 @@ def _cross_entropy(model: Any, hidden_states: torch.Tensor, labels: torch.Tensor
 
 
 def _by_distance(losses: list[torch.Tensor], distances: list[torch.Tensor]) -> dict[str, list]:
+    if not losses:
+        return {}
     values, kinds = torch.cat(losses).double().cpu(), torch.cat(distances).cpu()
     chosen = {"all": kinds >= 0} | {f"{low}-{high}": kinds == kind for kind, (low, high) in enumerate(DISTANCES)}
     return {
@@ -270,7 +272,12 @@ def measure(
         dialogues = sampled(folder, "test", options.test_dialogues)
         sizes = {"max_tokens": options.tokens, "batch_tokens": options.tokens_per_step}
         batches = recall_batches(tokenizer, dialogues, **sizes)
+        if not batches:
+            raise ValueError(f"No test dialogue of {folder} recalls a word within {options.tokens} tokens a turn.")
         found = {memory: recall_losses(model, batches, memory) for memory in get_args(Memory)}
+        if not found["shuffled"]:
+            # every batch is one dialogue
+            del found["shuffled"]
         if options.source is not None:
             source = AutoModelForCausalLM.from_pretrained(options.source).to(model.device)
             source_tokenizer = AutoTokenizer.from_pretrained(options.source)

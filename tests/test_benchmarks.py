@@ -78,6 +78,17 @@ def test_card_of_the_converted_model_says_what_was_measured():
     )
 
 
+def test_what_preferences_change_is_shown_as_it_was_measured():
+    report = json.loads((RESULTS / "preference.json").read_text())
+    before, after = ({(row["split"], row["turns"]): row for row in report[name]} for name in ("before", "after"))
+    figures = [f"{rows['seen', 32]['stale']:.3f}" for rows in (before, after)]
+    figures += [f"{rows['open', 8]['recall']:.3f}" for rows in (before, after)]
+    sentence = (
+        "DPO takes stale answers in 32 turns from {} to {} and costs a little recall of unknown names, {} to {};"
+    )
+    assert sentence.format(*figures) in " ".join((ROOT / "README.md").read_text().split())
+
+
 def test_a_memory_in_fewer_bits_is_measured(fact_recall, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "fact_recall", fact_recall)
     monkeypatch.setattr(sys, "argv", ["x", "--share", "0.01", "--output", str(tmp_path / "report.json")])

@@ -321,7 +321,7 @@ def test_a_skipped_share_of_the_curriculum_and_another_seed_give_other_dialogues
 def test_a_finished_run_is_trained_further_with_its_tokenizer(recipe, tmp_path):
     first = recipe()
     before = load_file(first / "model.safetensors")
-    options = {"output_dir": str(tmp_path / "more"), "start": str(first), "seed": 2, "max_steps": 1, "skip": 0.52}
+    options = {"output_dir": str(tmp_path / "more"), "start_from": str(first), "seed": 2, "max_steps": 1, "skip": 0.52}
     options |= {"turns_per_step": 32, "learning_rate": 0.0, "override": '{"bptt_turns": 4}', "disable_tqdm": True}
     main([word for option, value in options.items() for word in (f"--{option}", str(value))])
     after = load_file(tmp_path / "more" / "model.safetensors")

@@ -11,7 +11,7 @@ larger by as many times `--turns_per_step`:
 
 A finished run is trained further by
 
-    python -m rxt_hf.training.fact_dialogues --output_dir more --start out --skip 0.52 --seed 2
+    python -m rxt_hf.training.fact_dialogues --output_dir more --start_from out --skip 0.52 --seed 2
 
 with new dialogues (they are a function of the seed), a learning rate that rises again, and without the first half of
 the curriculum.
@@ -111,7 +111,7 @@ class FactDialogueArguments:
     vocab_size: int = field(default=2048, metadata={"help": "vocabulary of the tokenizer"})
     preset: str = field(default="tiny", metadata={"help": "a name of rxt_hf.presets.PRESETS"})
     override: str = field(default="", metadata={"help": "JSON object of further config fields"})
-    start: str | None = field(default=None, metadata={"help": "folder of the run whose model is trained further"})
+    start_from: str | None = field(default=None, metadata={"help": "folder of the run whose model is trained further"})
     skip: float = field(default=0.0, metadata={"help": "share of the curriculum to leave out at the start"})
     mix: str = field(default="", metadata={"help": "JSON object of other shares of the kinds of turns, see MIX"})
 
@@ -312,8 +312,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     with args.main_process_first():
-        if options.start is not None or (folder / "tokenizer.json").exists():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(options.start or folder)
+        if options.start_from is not None or (folder / "tokenizer.json").exists():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(options.start_from or folder)
         else:
             rng = random.Random(0)
             # a dialogue's names are few beside its words: without more, names would be spelt letter by letter
@@ -323,11 +323,11 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer.save_pretrained(folder)
     torch.manual_seed(args.seed)
     override: dict[str, Any] = json.loads(options.override or "{}")
-    if options.start is None:
+    if options.start_from is None:
         settings: dict[str, Any] = {**PRESETS[options.preset], **override, "vocab_size": len(tokenizer)}
         model = build_model(options.arm, RxTConfig(**settings))
     else:
-        model = AutoModelForCausalLM.from_pretrained(options.start, dtype=torch.float32, **override)
+        model = AutoModelForCausalLM.from_pretrained(options.start_from, dtype=torch.float32, **override)
     # at these sizes plain matrix products in bfloat16 are the fastest attention on a CPU
     model.set_attn_implementation("eager")
     optimizer = MuonAdamW(model, args)

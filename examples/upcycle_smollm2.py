@@ -29,7 +29,7 @@ from rxt_hf.convert import adapter_config, convert_tokenizer, from_llm
 from rxt_hf.data.collator import RxTEpisodeCollator
 from rxt_hf.data.facts import generate_dialogue
 from rxt_hf.data.readers import Episodes, read_episodes
-from rxt_hf.training.upcycle import token_losses
+from rxt_hf.evaluation.memory import token_losses
 
 
 def load_smollm2():

@@ -288,17 +288,12 @@ class RxTAttention(nn.Module):
         keys = keys if position_embeddings is None else rotate(keys, position_embeddings)
         return keys, self.v_proj(hidden_states).view(shape).transpose(1, 2)
 
+    def attention_interface(self, queries, attention_mask) -> Callable:
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+
     def attend(self, hidden_states, queries, keys, values, attention_mask=None, **kwargs):
         """Attention of projected states; `hidden_states` is what the queries, and the output gate, come from."""
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        # a token that is decoded reads the memory
-        is_one_query = attention_mask is None and queries.shape[2] == 1 and not (self.is_causal or self.training)
-        is_slow = queries.device.type == "cpu" and queries.dtype.itemsize < 4
-        if is_one_query and is_slow and attention_interface is sdpa_attention_forward:
-            attention_interface = one_query_attention
-        output, weights = attention_interface(
+        output, weights = self.attention_interface(queries, attention_mask)(
             self,
             queries,
             keys,
@@ -356,6 +351,12 @@ class RxTMemoryCrossAttention(RxTAttention):
             gated=config.use_gated_cross_attention,
             zero_init=config.cross_attention_zero_init,
         )
+
+    def attention_interface(self, queries, attention_mask) -> Callable:
+        interface = super().attention_interface(queries, attention_mask)
+        is_one_query = queries.shape[2] == 1 and attention_mask is None and not self.training
+        is_slow = queries.device.type == "cpu" and queries.dtype.itemsize < 4
+        return one_query_attention if is_one_query and is_slow and interface is sdpa_attention_forward else interface
 
     def forward(self, hidden_states, keys, values, position_embeddings, attention_mask=None):
         queries = self.queries(hidden_states, position_embeddings)

@@ -59,6 +59,19 @@ def test_baselines_are_shown_as_they_were_measured(fact_recall, page):
     assert f"{more:,.0f} CPU seconds" in text
 
 
+def test_card_shows_training_losses_ranks_and_perplexities_as_they_were_measured():
+    card = (ROOT / "model_cards" / "rxt-tiny-facts.md").read_text()
+    for run, every in zip(json.loads((RESULTS / "demo_training.json").read_text())["runs"], (1500, 1000), strict=True):
+        losses = [f"{entry['loss']:.3f}" for entry in run["log"] if entry["step"] % every == 0]
+        assert len(losses) == 10 and f"| training loss | {' | '.join(losses)} |" in card
+        assert f"{run['cpu_seconds']:,.0f} CPU seconds" in card and f"{run['steps']:,} steps" in card
+    rxt = json.loads((RESULTS / "fact_recall.json").read_text())["rxt"]
+    for turns, (first, second) in rxt["effective_rank_by_turn"].items():
+        assert f"{first:.1f} and {second:.1f} after {turns} turns" in card
+    for turns, perplexity in rxt["answer_perplexity"].items():
+        assert f"{perplexity:.3f} at {turns}" in card
+
+
 def test_card_of_the_converted_model_says_what_was_measured():
     report = json.loads((RESULTS / "upcycle_smollm2.json").read_text())
     text = " ".join((ROOT / "model_cards" / "rxt-smollm2-135m-sgd.md").read_text().split())
@@ -72,6 +85,7 @@ def test_card_of_the_converted_model_says_what_was_measured():
     assert falls in text and f"has {nats['cleared']:.2f}, with another dialogue's {nats['shuffled']:.2f}" in text
     assert f"after {report['steps']} steps, {report['cpu_seconds']:,.0f} CPU seconds" in text
     readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"after {report['cpu_seconds'] / 60:.0f} CPU minutes" in readme
     assert (
         f"{nats['source_query_only']:.2f} nats" in readme
         and f"({nats['cleared']:.2f} with the memory cleared)" in readme

@@ -24,7 +24,6 @@ import difflib
 import errno
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -51,6 +50,7 @@ from ..convert import adapter_config
 from ..data.collator import RxTEpisodeCollator, RxTPreTrainingCollator
 from ..data.facts import generate_dialogue
 from ..data.readers import Episodes, bucket_by_turns, pack_texts, read_episodes, read_jsonl
+from ..evaluation.memory import sampled
 from ..evaluation.recall import FIRST_TEST_SEED
 from ..hub import export, model_card
 from ..modeling_rxt import RxTForCausalLM
@@ -65,7 +65,6 @@ from .preference import (
     preference_interactions,
 )
 from .stages import STAGES, set_training_stage, unfreezing_optimizer
-from .upcycle import sampled
 
 logger = logging.get_logger(__name__)
 
@@ -566,9 +565,3 @@ def run(options: argparse.Namespace) -> int:
     if args.process_index == 0:
         print(folder)
     return 0
-
-
-if __name__ == "__main__":
-    own = argparse.ArgumentParser(prog="rxt train", description=__doc__)
-    add_arguments(own)
-    sys.exit(run(own.parse_args()))

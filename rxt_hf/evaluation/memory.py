@@ -19,7 +19,7 @@ import re
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, Literal, get_args
@@ -161,28 +161,35 @@ def on_device(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.
 
 
 @torch.no_grad()
-def teacher_forced(model: RxTForCausalLM, dialogues: Dialogues) -> dict[str, dict[str, dict[str, list]]]:
+def figures_of(losses_of: Callable[[Mapping[str, torch.Tensor]], torch.Tensor], dialogues: Dialogues) -> dict:
     """
     `answer_perplexity`: `[perplexity, tokens]` of the answers, of all and by turn from 1, and `recall_loss`:
-    `[nats per token, tokens]` of recalled words, of all and by distance, each by memory. The tokens are the same ones
-    under every memory.
+    `[nats per token, tokens]` of recalled words, of all and by distance, from the losses of a batch's labelled tokens.
     """
+    losses, turns, distances = [], [], []
+    for _, batch in dialogues.batches:
+        losses.append(losses_of(batch).cpu().double())
+        is_target = batch["labels"][..., 1:] != -100
+        turns.append(is_target.nonzero()[:, 1] + 1)
+        distances.append(batch["distances"][..., 1:][is_target])
+    nats, turn, distance = map(torch.cat, (losses, turns, distances))
+    means = _means(nats, {"all": turn > 0} | {str(number): turn == number for number in turn.unique().tolist()})
+    by_distance = {f"{low}-{high}": distance == number for number, (low, high) in enumerate(DISTANCES, 1)}
+    return {
+        "answer_perplexity": {name: [math.exp(min(mean, 700.0)), number] for name, (mean, number) in means.items()},
+        "recall_loss": _means(nats, {"all": distance > 0} | by_distance),
+    }
+
+
+def teacher_forced(model: RxTForCausalLM, dialogues: Dialogues) -> dict[str, dict[str, dict[str, list]]]:
+    """[`figures_of`] by memory, under every one the same tokens."""
     found: dict[str, dict[str, dict[str, list]]] = {"answer_perplexity": {}, "recall_loss": {}}
     for memory in dialogues.memories:
-        losses, turns, distances = [], [], []
-        for _, batch in dialogues.batches:
-            losses.append(token_losses(model, on_device(model, batch), memory).cpu().double())
-            is_target = batch["labels"][..., 1:] != -100
-            turns.append(is_target.nonzero()[:, 1] + 1)
-            distances.append(batch["distances"][..., 1:][is_target])
-        nats, turn, distance = map(torch.cat, (losses, turns, distances))
-        chosen = {"all": turn > 0} | {str(number): turn == number for number in turn.unique().tolist()}
-        means = _means(nats, chosen)
-        found["answer_perplexity"][memory] = {
-            name: [math.exp(min(mean, 700.0)), number] for name, (mean, number) in means.items()
-        }
-        chosen = {f"{low}-{high}": distance == number for number, (low, high) in enumerate(DISTANCES, 1)}
-        found["recall_loss"][memory] = _means(nats, {"all": distance > 0} | chosen)
+        figures = figures_of(
+            lambda batch, memory=memory: token_losses(model, on_device(model, batch), memory), dialogues
+        )
+        for name, values in figures.items():
+            found[name][memory] = values
     return found
 
 
@@ -287,11 +294,12 @@ def probes(
             queries = [{"query": probe["query"], "answer": None} for _, probe in chunk]
             prompts = [ids for ids, _ in encode_turns(tokenizer, queries)]
             answers += greedy(model, tokenizer, prompts, read, max_new_tokens=max_new_tokens)[0]
-        found[memory] = _probe_scores([probe for _, probe in asked], answers)
+        found[memory] = probe_scores([probe for _, probe in asked], answers)
     return found
 
 
-def _probe_scores(asked: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> dict[str, Any]:
+def probe_scores(asked: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> dict[str, Any]:
+    """What [`probes`] says of one memory."""
     exact, contains = [], []
     for probe, answer in zip(asked, answers, strict=True):
         accepted, given = [text.lower() for text in probe["answers"]], answer.strip().lower()

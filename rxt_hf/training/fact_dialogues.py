@@ -21,20 +21,17 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch.utils.data import Dataset
 from transformers import (
     AutoModelForCausalLM,
     HfArgumentParser,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
     TrainerCallback,
@@ -48,6 +45,7 @@ from ..data.collator import RxTEpisodeCollator
 from ..data.facts import Dialogue, Interaction, corpus_texts, generate_dialogue, open_name
 from ..modeling_rxt import RxTForCausalLM
 from ..presets import PRESETS
+from .arms import Arm, arranged, build_model
 
 # (share of the run, turns of a dialogue): short dialogues first, so that writing and reading find each other
 CURRICULUM = (
@@ -103,9 +101,7 @@ MAX_TURN_TOKENS = 30
 class FactDialogueArguments:
     """What the recipe adds to `TrainingArguments`."""
 
-    arm: Literal["rxt", "full_history", "current_turn"] = field(
-        default="rxt", metadata={"help": "the demo, or a Llama that re-reads the history or sees one turn only"}
-    )
+    arm: Arm = field(default="rxt", metadata={"help": "the demo, or what it is compared with: rxt_hf.training.arms"})
     turns_per_step: int = field(default=128, metadata={"help": "dialogues in a step = turns_per_step / turns"})
     cpu_seconds: float | None = field(default=None, metadata={"help": "stops the run at this many CPU seconds"})
     vocab_size: int = field(default=2048, metadata={"help": "vocabulary of the tokenizer"})
@@ -161,7 +157,7 @@ class FactDialogues(Dataset):
                 )
             if is_long or max(map(len, episode["labels"])) <= MAX_TURN_TOKENS:
                 episodes.append(episode | {"labels": self._labels(episode["labels"], dialogue["interactions"], seed)})
-        return list(self._arranged(episodes))
+        return list(arranged(episodes, self.arm))
 
     @staticmethod
     def _labels(labels: list[list[int]], interactions: list[Interaction], seed: int) -> list[list[int]]:
@@ -171,16 +167,6 @@ class FactDialogues(Dataset):
             row if turn["kind"] in ("ask", "unknown") or rng.random() < LABELLED_SHARE else [-100] * len(row)
             for row, turn in zip(labels, interactions, strict=True)
         ]
-
-    def _arranged(self, episodes: list[dict]) -> Iterator[dict]:
-        """The same tokens and label masks for every arm; only what can be seen from a turn differs."""
-        for episode in episodes:
-            if self.arm == "rxt":
-                yield episode
-            elif self.arm == "current_turn":
-                yield from ({name: episode[name][turn] for name in episode} for turn in range(len(episode["labels"])))
-            else:
-                yield {name: [token for turn in episode[name] for token in turn] for name in episode}
 
 
 def encode_dialogue(tokenizer: PreTrainedTokenizerFast, dialogue: Dialogue) -> dict[str, list[list[int]]]:
@@ -267,40 +253,6 @@ class CpuBudget(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is not None:
             logs["cpu_seconds"] = round(self.seconds(), 1)
-
-
-def build_model(arm: str, config: RxTConfig) -> RxTForCausalLM | LlamaForCausalLM:
-    """The RxT, or a Llama of about as many parameters."""
-    if arm == "rxt":
-        return RxTForCausalLM(config)
-    target = sum(p.numel() for p in RxTForCausalLM(config).parameters())
-    shared = {
-        name: getattr(config, name)
-        for name in [
-            "vocab_size",
-            "hidden_size",
-            "num_attention_heads",
-            "head_dim",
-            "initializer_range",
-            "rms_norm_eps",
-        ]
-    }
-    embedding = config.vocab_size * config.hidden_size
-    # as many decoder layers as fit, then the feed-forward takes the rest
-    attention = 4 * config.hidden_size * config.num_attention_heads * cast(int, config.head_dim)
-    layer = attention + 3 * config.hidden_size * config.intermediate_size
-    layers = max(1, round((target - embedding) / layer))
-    width = ((target - embedding) / layers - attention) / (3 * config.hidden_size)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            **shared,
-            num_hidden_layers=layers,
-            intermediate_size=round(width),
-            max_position_embeddings=4096,
-            tie_word_embeddings=True,
-            pad_token_id=config.pad_token_id,
-        )
-    )
 
 
 def main(argv: list[str] | None = None) -> None:

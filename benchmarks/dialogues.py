@@ -1,0 +1,144 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+What models of equal size recall of real dialogues: an RxT, and what it is compared with (`rxt_hf.training.arms`).
+
+    python benchmarks/dialogues.py --data path/to/sgd path/to/star --arm rxt=DIR --arm full_history=DIR \
+        --output dialogues.json
+
+DIR are folders of `python -m rxt_hf.training.dialogues --arm ...`; `NAME:more=DIR` is a second model of an arm.
+Measured on test dialogues, teacher forced: perplexity of all answers, and nats per token of the words that only
+earlier turns tell. Then the probes, greedy, each asked after the last turn: share that is exactly right, for values
+said three or more turns before, and beside it the floor: each slot's most frequent value in training.
+"""
+
+import argparse
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from rxt_hf import RxTForCausalLM
+from rxt_hf.data.readers import read_episodes
+from rxt_hf.evaluation.histories import evaluate_history
+from rxt_hf.evaluation.memory import Dialogues, probes, sampled, teacher_forced
+from rxt_hf.evaluation.speed import environment, markdown_table
+
+TITLES = {
+    "rxt": "RxT, fixed-size memory",
+    "rxt, shuffled": "the same, another dialogue's memory",
+    "rxt, cleared": "the same, memory cleared",
+    "current_turn": "Llama, current turn only",
+    "sliding_window": "Mistral, sliding window",
+    "mamba": "Mamba-2, state carried on",
+    "full_history": "Llama, full history, equal data",
+    "full_history:equal_compute": "Llama, full history, equal CPU",
+}
+
+
+def floors(folder: str, dialogues: Dialogues) -> dict[str, float]:
+    """Share of the probes, by distance, whose answer is the slot's most frequent one in training."""
+    counts: dict[str, Counter] = defaultdict(Counter)
+    for dialogue in read_episodes(folder, "train"):
+        for probe in dialogue.get("probes", []):
+            counts[probe["slot"]][probe["answer"].lower()] += 1
+    guess = {slot: found.most_common(1)[0][0] for slot, found in counts.items()}
+    asked = [probe for dialogue in dialogues.episodes.dialogues for probe in dialogue.get("probes", [])]
+    right = [guess.get(probe["slot"]) in [text.lower() for text in probe["answers"]] for probe in asked]
+    far = [is_right for is_right, probe in zip(right, asked, strict=True) if probe["distance"] >= 3]
+    return {"all": sum(right) / len(right), "3+": sum(far) / len(far)}
+
+
+def far_probes(found: Mapping[str, Any]) -> float:
+    rows = [row for bucket, row in found["exact_by_distance"].items() if bucket not in ("1", "2")]
+    return sum(share * number for share, number in rows) / sum(number for _, number in rows)
+
+
+@torch.no_grad()
+def measure(folder: str, arm: str, sources: Mapping[str, Sequence[Any]], tokens: int) -> dict[str, Any]:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    state = json.loads(Path(folder, "trainer_state.json").read_text())
+    result: dict[str, Any] = {
+        "model": type(model).__name__,
+        "parameters": model.num_parameters(),
+        "training_steps": state["global_step"],
+        "training_cpu_seconds": float(Path(folder, "cpu_seconds.txt").read_text()),
+        "sources": {},
+    }
+    for name, test in sources.items():
+        dialogues = Dialogues(tokenizer, test, max_tokens=tokens)
+        if isinstance(model, RxTForCausalLM):
+            result["memory_bytes"] = model.init_stm(1).nbytes
+            found = teacher_forced(model, dialogues)
+            found["probes"] = probes(model, tokenizer, dialogues, max_new_tokens=24)
+            by_memory = {
+                memory: {figure: rows[memory] for figure, rows in found.items()} for memory in found["probes"]
+            }
+        else:
+            full_history = arm.split(":")[0] != "current_turn"
+            by_memory = {
+                "own": evaluate_history(model, tokenizer, dialogues, full_history=full_history, max_new_tokens=24)
+            }
+        result["sources"][name] = by_memory
+    return result
+
+
+def table(report: Mapping[str, Any], source: str) -> str:
+    head = [
+        source,
+        "answer perplexity",
+        "nats per recalled token",
+        "at distance 3-4",
+        "5-8",
+        "9+",
+        "probes, distance 3+",
+        "training steps",
+        "CPU s",
+    ]
+    rows = []
+    for key, title in TITLES.items():
+        arm, _, memory = key.partition(", ")
+        if arm not in report["arms"]:
+            continue
+        entry = report["arms"][arm]
+        found = entry["sources"][source][memory or "own"]
+        losses = found["recall_loss"]
+        cells = [f"{found['answer_perplexity']['all'][0]:.2f}"]
+        cells += [f"{losses[name][0]:.2f}" if name in losses else "" for name in ("all", "3-4", "5-8", "9-1000")]
+        cells.append(f"{far_probes(found['probes']):.3f}")
+        is_trained = not memory
+        cells += [str(entry["training_steps"]), f"{entry['training_cpu_seconds']:.0f}"] if is_trained else ["", ""]
+        rows.append([title, *cells])
+    rows.append(["a slot's most frequent value", "", "", "", "", "", f"{report['floors'][source]['3+']:.3f}", "", ""])
+    return markdown_table(head, *rows)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", nargs="+", required=True, help="folders with the splits train and test")
+    parser.add_argument("--arm", action="append", default=[], metavar="NAME=DIR", help="a trained model")
+    parser.add_argument("--dialogues", type=int, default=200, help="of each folder's test split")
+    parser.add_argument("--tokens", type=int, default=64, help="a dialogue ends before a longer interaction")
+    parser.add_argument("--output", default="dialogues.json", help="arms that it holds already are kept")
+    options = parser.parse_args(argv)
+    path = Path(options.output)
+    report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"arms": {}, "floors": {}}
+    sources = {Path(folder).name: sampled(folder, "test", options.dialogues) for folder in options.data}
+    report |= {"environment": environment("cpu"), "dialogues": options.dialogues, "tokens": options.tokens}
+    for arm, _, folder in (each.partition("=") for each in options.arm):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        for each in options.data:
+            name = Path(each).name
+            report["floors"][name] = floors(each, Dialogues(tokenizer, sources[name], max_tokens=options.tokens))
+        if arm not in report["arms"]:
+            report["arms"][arm] = measure(folder, arm, sources, options.tokens)
+            path.write_text(json.dumps(report, indent=1) + "\n")
+    print("\n\n".join(table(report, source) for source in sources))
+
+
+if __name__ == "__main__":
+    main()

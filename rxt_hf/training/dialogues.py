@@ -1,0 +1,137 @@
+# Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Trains a small model on dialogues of your own, or one that it is compared with (`rxt_hf.training.arms`).
+
+    python -m rxt_hf.training.dialogues --data path/to/sgd path/to/star --arm rxt --output_dir out
+
+runs to the end, or resumes from the last checkpoint in `out`. Data are folders with `train.jsonl.gz`, see
+`rxt_hf.data.readers`; the probes of a dialogue are asked as its last interactions. All arms take the same dialogues in
+the same order, cut at the same interactions, with the same labels: every answer. `benchmarks/dialogues.py` measures.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.utils.data import Dataset
+from transformers import HfArgumentParser, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..chat_template import train_tokenizer
+from ..configuration_rxt import RxTConfig
+from ..data.readers import Episodes, bucket_by_turns, cut_episode
+from ..evaluation.memory import sampled
+from ..presets import PRESETS
+from .arms import Arm, arranged, build_model
+from .fact_dialogues import RECIPE as FACT_RECIPE
+from .fact_dialogues import CpuBudget, MuonAdamW, StepCollator, learning_rate_factor
+
+# (share of the run, turns that dialogues are cut to): short ones first, so that writing and reading find each other
+CURRICULUM = ((0.2, 2), (0.4, 5), (1.0, 16))
+RECIPE: dict[str, Any] = FACT_RECIPE | {"max_steps": 3000, "warmup_steps": 100, "learning_rate": 2e-3}
+
+
+@dataclass
+class DialogueArguments:
+    """What the recipe adds to `TrainingArguments`."""
+
+    data: list[str] = field(metadata={"help": "folders with the split train"})
+    arm: Arm = field(default="rxt", metadata={"help": "the model with a memory, or what it is compared with"})
+    tokens: int = field(default=64, metadata={"help": "a dialogue ends before a longer interaction"})
+    tokens_per_step: int = field(default=3072, metadata={"help": "padded tokens of all turns of a step"})
+    dialogues: int | None = field(default=None, metadata={"help": "read so many of each folder only"})
+    vocab_size: int = field(default=4096, metadata={"help": "vocabulary of the tokenizer"})
+    preset: str = field(default="tiny", metadata={"help": "a name of rxt_hf.presets.PRESETS"})
+    override: str = field(default='{"num_memory_slots": 64}', metadata={"help": "JSON object of config fields"})
+    cpu_seconds: float | None = field(default=None, metadata={"help": "stops the run at this many CPU seconds"})
+
+
+def with_probes(dialogue: Mapping[str, Any], max_turns: int) -> dict[str, Any]:
+    """The first turns of a dialogue, and then its probes as far as they are about them."""
+    cut = cut_episode(dialogue, max_turns)
+    return cut | {"interactions": [*cut["interactions"], *cut.get("probes", [])]}
+
+
+class DialogueSteps(Dataset):
+    """One item is one step's list of episodes, a function of its index alone, so that a run resumes exactly."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        dialogues: Sequence[Mapping[str, Any]],
+        steps: int,
+        *,
+        arm: str = "rxt",
+        tokens: int = 64,
+        tokens_per_step: int = 3072,
+    ):
+        self.arm = arm
+        self.steps: list[tuple[Episodes, list[int]]] = []
+        for share, turns in CURRICULUM:
+            cut = (with_probes(dialogue, turns) for dialogue in dialogues)
+            episodes = Episodes(tokenizer, cut, max_tokens=tokens)
+            batches = self._batches(episodes, tokens_per_step)
+            self.steps += [(episodes, batch) for batch in islice(batches, round(share * steps) - len(self.steps))]
+
+    @staticmethod
+    def _batches(episodes: Episodes, tokens_per_step: int) -> Iterator[list[int]]:
+        epochs = (bucket_by_turns(episodes.sizes, max_batch_tokens=tokens_per_step, epoch=epoch) for epoch in count())
+        return chain.from_iterable(epochs)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        episodes, batch = self.steps[index]
+        return list(arranged((episodes[number] for number in batch), self.arm))
+
+
+def texts(dialogues: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    for dialogue in dialogues:
+        for turn in [*dialogue["interactions"], *dialogue.get("probes", [])]:
+            yield f"{turn['query']} {turn['answer']}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = HfArgumentParser(cast("Any", (DialogueArguments, TrainingArguments)))
+    parser.set_defaults(**RECIPE)
+    options, args = cast("tuple[DialogueArguments, TrainingArguments]", parser.parse_args_into_dataclasses(argv))
+    if args.world_size > 1:
+        raise ValueError(f"The recipe runs in one process, got {args.world_size}.")
+    folder = Path(str(args.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    dialogues = list(chain.from_iterable(sampled(path, "train", options.dialogues) for path in options.data))
+    if (folder / "tokenizer.json").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    else:
+        tokenizer = train_tokenizer(texts(dialogues), vocab_size=options.vocab_size, max_length=256)
+        tokenizer.save_pretrained(folder)
+    torch.manual_seed(args.seed)
+    settings: dict[str, Any] = {**PRESETS[options.preset], **json.loads(options.override)}
+    settings["vocab_size"] = len(tokenizer)
+    model = build_model(options.arm, RxTConfig(**settings))
+    # at these sizes plain matrix products in bfloat16 are the fastest attention on a CPU
+    model.set_attn_implementation("eager")
+    optimizer = MuonAdamW(model, args)
+    factor = partial(learning_rate_factor, steps=args.max_steps, warmup_steps=int(args.warmup_steps))
+    sizes: dict[str, Any] = {"tokens": options.tokens, "tokens_per_step": options.tokens_per_step}
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=DialogueSteps(tokenizer, dialogues, args.max_steps, arm=options.arm, **sizes),
+        data_collator=StepCollator(tokenizer.pad_token_id),
+        callbacks=[CpuBudget(folder, options.cpu_seconds)],
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)),
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
+    trainer.save_model()
+    trainer.save_state()
+
+
+if __name__ == "__main__":
+    main()

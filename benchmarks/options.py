@@ -210,9 +210,10 @@ def table(report: dict[str, Any]) -> str:
     for name, runs in report["options"].items():
         cells = []
         for figure in FIGURES:
-            values = [run[figure] for run in runs.values()]
+            values = [run[figure] for run in runs.values() if run[figure] is not None]
             digits = 0 if figure == "CPU s" else 1 if figure.startswith("rank") else 2
-            cells.append(f"{mean(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})")
+            text = [f"{value:.{digits}f}" for value in (mean(values), min(values), max(values))] if values else None
+            cells.append(f"{text[0]} ({text[1]}-{text[2]})" if text else "")
         rows.append([name, *cells])
     return markdown_table(["option", *FIGURES], *rows)
 

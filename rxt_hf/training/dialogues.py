@@ -6,7 +6,8 @@ Trains a small model on dialogues of your own, or one that it is compared with (
 
 runs to the end, or resumes from the last checkpoint in `out`. Data are folders with `train.jsonl.gz`, see
 `rxt_hf.data.readers`; the probes of a dialogue are asked as its last interactions. All arms take the same dialogues in
-the same order, cut at the same interactions, with the same labels: every answer. `benchmarks/dialogues.py` measures.
+the same order, cut at the same interactions, with the same labels: answers that recall, and a share of the others.
+`benchmarks/dialogues.py` measures.
 """
 
 import json
@@ -15,16 +16,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
+from random import Random
 from typing import Any, cast
 
 import torch
 from torch.utils.data import Dataset
-from transformers import HfArgumentParser, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..chat_template import train_tokenizer
 from ..configuration_rxt import RxTConfig
-from ..data.readers import Episodes, bucket_by_turns, cut_episode
+from ..data.readers import Episodes, bucket_by_turns
 from ..evaluation.memory import sampled
 from ..presets import PRESETS
 from .arms import Arm, arranged, build_model
@@ -32,7 +34,7 @@ from .fact_dialogues import RECIPE as FACT_RECIPE
 from .fact_dialogues import CpuBudget, MuonAdamW, StepCollator, learning_rate_factor
 
 # (share of the run, turns that dialogues are cut to): short ones first, so that writing and reading find each other
-CURRICULUM = ((0.2, 2), (0.4, 5), (1.0, 16))
+CURRICULUM = ((0.4, 3), (0.7, 6), (1.0, 16))
 RECIPE: dict[str, Any] = FACT_RECIPE | {"max_steps": 3000, "warmup_steps": 100, "learning_rate": 2e-3}
 
 
@@ -44,17 +46,25 @@ class DialogueArguments:
     arm: Arm = field(default="rxt", metadata={"help": "the model with a memory, or what it is compared with"})
     tokens: int = field(default=64, metadata={"help": "a dialogue ends before a longer interaction"})
     tokens_per_step: int = field(default=3072, metadata={"help": "padded tokens of all turns of a step"})
+    labelled_share: float = field(default=0.2, metadata={"help": "share of the answers that recall nothing"})
     dialogues: int | None = field(default=None, metadata={"help": "read so many of each folder only"})
     vocab_size: int = field(default=4096, metadata={"help": "vocabulary of the tokenizer"})
     preset: str = field(default="tiny", metadata={"help": "a name of rxt_hf.presets.PRESETS"})
     override: str = field(default='{"num_memory_slots": 64}', metadata={"help": "JSON object of config fields"})
+    start_from: str | None = field(default=None, metadata={"help": "folder of a run whose model is trained further"})
     cpu_seconds: float | None = field(default=None, metadata={"help": "stops the run at this many CPU seconds"})
 
 
 def with_probes(dialogue: Mapping[str, Any], max_turns: int) -> dict[str, Any]:
-    """The first turns of a dialogue, and then its probes as far as they are about them."""
-    cut = cut_episode(dialogue, max_turns)
-    return cut | {"interactions": [*cut["interactions"], *cut.get("probes", [])]}
+    """The last turns of a dialogue, where most values are said, and then those of its probes that ask about them."""
+    turns = dialogue["interactions"][-max_turns:]
+    # a word that was said before the first of them cannot be recalled
+    turns = [
+        turn | {"recall": [span for span in turn.get("recall") or [] if span[2] <= place]}
+        for place, turn in enumerate(turns)
+    ]
+    probes = [probe for probe in dialogue.get("probes") or [] if probe["distance"] <= len(turns)]
+    return {**dialogue, "interactions": [*turns, *probes]}
 
 
 class DialogueSteps(Dataset):
@@ -69,8 +79,9 @@ class DialogueSteps(Dataset):
         arm: str = "rxt",
         tokens: int = 64,
         tokens_per_step: int = 3072,
+        labelled_share: float = 0.2,
     ):
-        self.arm = arm
+        self.arm, self.labelled_share = arm, labelled_share
         self.steps: list[tuple[Episodes, list[int]]] = []
         for share, turns in CURRICULUM:
             cut = (with_probes(dialogue, turns) for dialogue in dialogues)
@@ -88,7 +99,13 @@ class DialogueSteps(Dataset):
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         episodes, batch = self.steps[index]
-        return list(arranged((episodes[number] for number in batch), self.arm))
+        rng = Random(index)
+        chosen = [episodes.some_labels(number, self.labelled_share, rng) for number in batch]
+        if all(label == -100 for rows in chosen for row in rows for label in row):
+            # a step needs something to learn
+            chosen[0] = episodes[batch[0]]["labels"]
+        features = (episodes[number] | {"labels": rows} for number, rows in zip(batch, chosen, strict=True))
+        return list(arranged(features, self.arm))
 
 
 def texts(dialogues: Iterable[Mapping[str, Any]]) -> Iterator[str]:
@@ -106,24 +123,28 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     dialogues = list(chain.from_iterable(sampled(path, "train", options.dialogues) for path in options.data))
-    if (folder / "tokenizer.json").exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    if options.start_from is not None:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.start_from)
     else:
         tokenizer = train_tokenizer(texts(dialogues), vocab_size=options.vocab_size, max_length=256)
-        tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(args.seed)
-    settings: dict[str, Any] = {**PRESETS[options.preset], **json.loads(options.override)}
-    settings["vocab_size"] = len(tokenizer)
-    model = build_model(options.arm, RxTConfig(**settings))
+    if options.start_from is not None:
+        model = AutoModelForCausalLM.from_pretrained(options.start_from, dtype=torch.float32)
+    else:
+        settings: dict[str, Any] = {**PRESETS[options.preset], **json.loads(options.override)}
+        settings["vocab_size"] = len(tokenizer)
+        model = build_model(options.arm, RxTConfig(**settings))
     # at these sizes plain matrix products in bfloat16 are the fastest attention on a CPU
     model.set_attn_implementation("eager")
     optimizer = MuonAdamW(model, args)
     factor = partial(learning_rate_factor, steps=args.max_steps, warmup_steps=int(args.warmup_steps))
-    sizes: dict[str, Any] = {"tokens": options.tokens, "tokens_per_step": options.tokens_per_step}
+    names = ("arm", "tokens", "tokens_per_step", "labelled_share")
+    choices: dict[str, Any] = {name: getattr(options, name) for name in names}
     trainer = Trainer(
         model=model,
         args=args,
-        train_dataset=DialogueSteps(tokenizer, dialogues, args.max_steps, arm=options.arm, **sizes),
+        train_dataset=DialogueSteps(tokenizer, dialogues, args.max_steps, **choices),
         data_collator=StepCollator(tokenizer.pad_token_id),
         callbacks=[CpuBudget(folder, options.cpu_seconds)],
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)),

@@ -5,8 +5,8 @@ Trains a small model on synthetic memory tasks (`rxt_hf.data.tasks`) and measure
     python -m rxt_hf.training.memory_tasks --tasks remember --size 40 --test_sizes 10 20 40 --output_dir out
 
 runs to the end, or resumes from the last checkpoint in `out`, and writes `out/result.json`. The size of an episode
-(see `SIZES`) grows over the run. In tasks of token ids questions are read and not written, so that all of an episode's
-questions ask one and the same memory. Runs in one process.
+(see `SIZES`) stays at `--first_size` until a value is bound to its key, then it grows. In tasks of token ids questions
+are read and not written, so that all of an episode's questions ask one and the same memory. Runs in one process.
 """
 
 import json
@@ -32,7 +32,7 @@ from ..data.readers import encode_turns
 from ..data.tasks import TASKS
 from ..evaluation.speed import environment
 from ..modeling_rxt import RxTForCausalLM
-from .fact_dialogues import CpuBudget, MuonAdamW, learning_rate_factor
+from .fact_dialogues import CpuBudget, MuonAdamW
 
 # what the size of an episode of a task says, as arguments of its generator; of the others: the number of questions
 SIZES: dict[str, Any] = {
@@ -43,9 +43,11 @@ SIZES: dict[str, Any] = {
     "variable_tracking": lambda size: {"num_turns": size + 1, "num_hops": min(size - 1, 4)},
 }
 TEST_SEED = 1_000_000_000
+# shares of the run: the size grows from here to there, and the learning rate falls over the last one
+GROWTH, FALL = (0.2, 0.6), 0.3
 RECIPE: dict[str, Any] = {
-    "max_steps": 4000,
-    "learning_rate": 3e-3,
+    "max_steps": 9000,
+    "learning_rate": 1e-3,
     "adam_beta2": 0.98,
     "weight_decay": 0.01,
     "warmup_steps": 100,
@@ -84,14 +86,15 @@ class MemoryTaskArguments:
     first_size: int = field(default=2, metadata={"help": "of the largest episodes at the start"})
     test_sizes: list[int] = field(default_factory=list, metadata={"help": "default: --size"})
     test_episodes: int = field(default=200, metadata={"help": "of each task and size"})
-    turns_per_step: int = field(default=640, metadata={"help": "of all episodes of a step"})
+    generator: str = field(default="", metadata={"help": "JSON object of further arguments of the tasks' generators"})
+    turns_per_step: int = field(default=240, metadata={"help": "of all episodes of a step"})
     override: str = field(default="", metadata={"help": "JSON object of further config fields"})
     cpu_seconds: float | None = field(default=None, metadata={"help": "stops the run at this many CPU seconds"})
 
 
-def generate(task: str, seed: int, size: int, split: str = "train") -> dict[str, Any]:
+def generate(task: str, seed: int, size: int, split: str = "train", generator: str = "") -> dict[str, Any]:
     arguments = SIZES.get(task, lambda questions: {"num_questions": questions})(size)
-    return TASKS[task](seed, split=split, **arguments)
+    return TASKS[task](seed, split=split, **arguments | json.loads(generator or "{}"))
 
 
 def episode_batch(tokenizer: PreTrainedTokenizerFast | None, episodes: list[dict]) -> dict[str, torch.Tensor]:
@@ -124,15 +127,16 @@ class MemoryTasks(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         options, rng = self.options, Random(index)
         task = options.tasks[index % len(options.tasks)]
-        # grows by equal factors over the first 60 % of the run: few pairs are what teaches to bind a value to its key.
-        # A third of the steps are smaller still, so that what was learnt stays
-        growth = min(1.0, index / (0.6 * self.steps))
+        # few pairs are what teaches to bind a value to its key, then the size grows by equal factors. A third of the
+        # steps are smaller still, so that what was learnt stays
+        start, end = (share * self.steps for share in GROWTH)
+        growth = min(1.0, max(0.0, (index - start) / (end - start)))
         size = round(options.first_size * (options.size / options.first_size) ** growth)
         if rng.random() < 1 / 3:
             size = options.first_size + int(rng.random() * (size - options.first_size + 1))
         episodes, turns = [], 0
         for seed in count(index * 10_000):
-            episodes.append(generate(task, seed, size))
+            episodes.append(generate(task, seed, size, generator=options.generator))
             turns += len(episodes[-1]["interactions"])
             if turns + turns / len(episodes) > options.turns_per_step:
                 return episode_batch(self.tokenizer, episodes)
@@ -166,7 +170,12 @@ class TaskTrainer(Trainer):
 
 @torch.no_grad()
 def exact(
-    model: RxTForCausalLM, tokenizer: PreTrainedTokenizerFast | None, task: str, size: int, episodes: int
+    model: RxTForCausalLM,
+    tokenizer: PreTrainedTokenizerFast | None,
+    task: str,
+    size: int,
+    episodes: int,
+    generator: str = "",
 ) -> dict:
     """
     Share of the answers that are right in every token, end token included, given the right tokens before: what greedy
@@ -177,7 +186,7 @@ def exact(
     by_distance: dict[int, list[bool]] = {}
     for first in range(0, episodes, 20):
         seeds = range(TEST_SEED + first, TEST_SEED + min(first + 20, episodes))
-        rows = [generate(task, seed, size, split="test") for seed in seeds]
+        rows = [generate(task, seed, size, "test", generator) for seed in seeds]
         batch = episode_batch(tokenizer, rows)
         logits, targets = answer_logits(model, batch)
         is_right = iter(((logits.argmax(-1) == targets) | (targets == -100)).all(-1).tolist())
@@ -189,6 +198,11 @@ def exact(
     if "bits" in rows[0]:
         result["bits"] = rows[0]["bits"]
     return result | {"by_distance": shares}
+
+
+def trapezoid(step: int, steps: int, warmup_steps: int) -> float:
+    """Share of the learning rate at a step: it rises, stays, as nothing tells when binding is found, and falls."""
+    return min(1.0, step / max(1, warmup_steps), max(0.02, (steps - step) / (FALL * steps)))
 
 
 def stories(tasks: list[str], number: int = 2000) -> Iterator[str]:
@@ -209,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"The recipe runs in one process, got {args.world_size}.")
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    first = generate(options.tasks[0], 0, options.size)
+    first = generate(options.tasks[0], 0, options.size, generator=options.generator)
     tokenizer = None
     if "vocab_size" not in first:
         tokenizer = train_tokenizer(stories(options.tasks), vocab_size=600, max_length=128)
@@ -220,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     # at these sizes plain matrix products in bfloat16 are the fastest attention on a CPU
     model.set_attn_implementation("eager")
     optimizer = MuonAdamW(model, args)
-    factor = partial(learning_rate_factor, steps=args.max_steps, warmup_steps=int(args.warmup_steps))
+    factor = partial(trapezoid, steps=args.max_steps, warmup_steps=int(args.warmup_steps))
     budget = CpuBudget(folder, options.cpu_seconds)
     trainer = TaskTrainer(
         model=model,
@@ -243,7 +257,9 @@ def main(argv: list[str] | None = None) -> None:
         "seed": args.seed,
         "cpu_seconds": round(budget.seconds(), 1),
         "exact": [
-            exact(model, tokenizer, task, size, options.test_episodes) for task in options.tasks for size in sizes
+            exact(model, tokenizer, task, size, options.test_episodes, options.generator)
+            for task in options.tasks
+            for size in sizes
         ],
         "log": list(islice(trainer.state.log_history, 0, None, 5)),
     }

@@ -231,15 +231,6 @@ class Episodes(Dataset):
     def __getitem__(self, index: int) -> dict[str, list[list[int]]]:
         return self._features[index]
 
-    def some_labels(self, index: int, share: float, rng: Random) -> list[list[int]]:
-        """Labels of the answers that recall a word or answer a probe, and of a random share of the others."""
-        item, turns = self[index]["labels"], self.dialogues[index]["interactions"]
-        recall = self.recall_labels[index] or [[-100]] * len(item)
-        return [
-            row if "answers" in turn or max(recalled) >= 0 or rng.random() < share else [-100] * len(row)
-            for row, turn, recalled in zip(item, turns, recall, strict=True)
-        ]
-
     @property
     def sizes(self) -> list[tuple[int, int]]:
         return [(len(item["input_ids"]), max(map(len, item["input_ids"]))) for item in self._features]

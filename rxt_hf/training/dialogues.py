@@ -6,8 +6,7 @@ Trains a small model on dialogues of your own, or one that it is compared with (
 
 runs to the end, or resumes from the last checkpoint in `out`. Data are folders with `train.jsonl.gz`, see
 `rxt_hf.data.readers`; the probes of a dialogue are asked as its last interactions. All arms take the same dialogues in
-the same order, cut at the same interactions, with the same labels: answers that recall, and a share of the others.
-`benchmarks/dialogues.py` measures.
+the same order, cut at the same interactions, with the same labels: every answer. `benchmarks/dialogues.py` measures.
 """
 
 import json
@@ -16,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
-from random import Random
 from typing import Any, cast
 
 import torch
@@ -34,8 +32,8 @@ from .fact_dialogues import RECIPE as FACT_RECIPE
 from .fact_dialogues import CpuBudget, MuonAdamW, StepCollator, learning_rate_factor
 
 # (share of the run, turns that dialogues are cut to): short ones first, so that writing and reading find each other
-CURRICULUM = ((0.4, 3), (0.7, 6), (1.0, 16))
-RECIPE: dict[str, Any] = FACT_RECIPE | {"max_steps": 3000, "warmup_steps": 100, "learning_rate": 2e-3}
+CURRICULUM = ((0.2, 3), (0.5, 6), (1.0, 16))
+RECIPE: dict[str, Any] = FACT_RECIPE | {"max_steps": 1500, "warmup_steps": 100, "learning_rate": 2e-3}
 
 
 @dataclass
@@ -46,7 +44,6 @@ class DialogueArguments:
     arm: Arm = field(default="rxt", metadata={"help": "the model with a memory, or what it is compared with"})
     tokens: int = field(default=64, metadata={"help": "a dialogue ends before a longer interaction"})
     tokens_per_step: int = field(default=3072, metadata={"help": "padded tokens of all turns of a step"})
-    labelled_share: float = field(default=0.2, metadata={"help": "share of the answers that recall nothing"})
     dialogues: int | None = field(default=None, metadata={"help": "read so many of each folder only"})
     vocab_size: int = field(default=4096, metadata={"help": "vocabulary of the tokenizer"})
     preset: str = field(default="tiny", metadata={"help": "a name of rxt_hf.presets.PRESETS"})
@@ -58,11 +55,6 @@ class DialogueArguments:
 def with_probes(dialogue: Mapping[str, Any], max_turns: int) -> dict[str, Any]:
     """The last turns of a dialogue, where most values are said, and then those of its probes that ask about them."""
     turns = dialogue["interactions"][-max_turns:]
-    # a word that was said before the first of them cannot be recalled
-    turns = [
-        turn | {"recall": [span for span in turn.get("recall") or [] if span[2] <= place]}
-        for place, turn in enumerate(turns)
-    ]
     probes = [probe for probe in dialogue.get("probes") or [] if probe["distance"] <= len(turns)]
     return {**dialogue, "interactions": [*turns, *probes]}
 
@@ -79,9 +71,8 @@ class DialogueSteps(Dataset):
         arm: str = "rxt",
         tokens: int = 64,
         tokens_per_step: int = 3072,
-        labelled_share: float = 0.2,
     ):
-        self.arm, self.labelled_share = arm, labelled_share
+        self.arm = arm
         self.steps: list[tuple[Episodes, list[int]]] = []
         for share, turns in CURRICULUM:
             cut = (with_probes(dialogue, turns) for dialogue in dialogues)
@@ -99,13 +90,7 @@ class DialogueSteps(Dataset):
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         episodes, batch = self.steps[index]
-        rng = Random(index)
-        chosen = [episodes.some_labels(number, self.labelled_share, rng) for number in batch]
-        if all(label == -100 for rows in chosen for row in rows for label in row):
-            # a step needs something to learn
-            chosen[0] = episodes[batch[0]]["labels"]
-        features = (episodes[number] | {"labels": rows} for number, rows in zip(batch, chosen, strict=True))
-        return list(arranged(features, self.arm))
+        return list(arranged((episodes[number] for number in batch), self.arm))
 
 
 def texts(dialogues: Iterable[Mapping[str, Any]]) -> Iterator[str]:
@@ -139,8 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     model.set_attn_implementation("eager")
     optimizer = MuonAdamW(model, args)
     factor = partial(learning_rate_factor, steps=args.max_steps, warmup_steps=int(args.warmup_steps))
-    names = ("arm", "tokens", "tokens_per_step", "labelled_share")
-    choices: dict[str, Any] = {name: getattr(options, name) for name in names}
+    choices: dict[str, Any] = {name: getattr(options, name) for name in ("arm", "tokens", "tokens_per_step")}
     trainer = Trainer(
         model=model,
         args=args,

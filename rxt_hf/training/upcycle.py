@@ -122,7 +122,10 @@ class TrainingSteps(Dataset):
         feature, recall = self.episodes[index], self.episodes.recall_labels[index]
         if recall is None:
             return feature | {"recall_labels": [[-100] * len(row) for row in feature["labels"]]}
-        labels = self.episodes.some_labels(index, self.labelled_share, rng)
+        labels = [
+            row if max(recalled) >= 0 or rng.random() < self.labelled_share else [-100] * len(row)
+            for row, recalled in zip(feature["labels"], recall, strict=True)
+        ]
         return feature | {"labels": labels, "recall_labels": recall}
 
 

@@ -54,12 +54,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "memory attention: self_interlayer": {"memory_attention_type": "self_interlayer"},
     "gate: one for each slot": {"memory_gate_granularity": "slot"},
     "gate: static, each slot": {"memory_gate_type": "static", "memory_gate_granularity": "slot"},
-    "gate: starts at 0": {"memory_gate_init": 0.0},
     "gate: none, a plain sum": {"memory_gate_activation": "none"},
     "initial memory: random": {"memory_init": "random"},
     "initial memory: zeros": {"memory_init": "zeros"},
     "8 slots": {"num_memory_slots": 8},
-    "16 slots": {"num_memory_slots": 16},
     "64 slots": {"num_memory_slots": 64},
 }
 # (share of the steps, turns of a dialogue)

@@ -2,7 +2,10 @@
 """What models without a memory are measured with, the recipe that trains them on dialogues, and their benchmark."""
 
 import json
+import os
 import runpy
+import subprocess
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -117,9 +120,9 @@ def test_a_sliding_window_does_not_see_what_left_it(tokenizer):
 
 def test_probes_become_the_last_turns_and_only_those_about_what_was_said():
     assert with_probes(DIALOGUES[0], 16)["interactions"] == [*TURNS, *PROBES]
-    # the table was said before the last two turns
-    assert with_probes(DIALOGUES[0], 2)["interactions"] == [*TURNS[1:], PROBES[0]]
-    assert with_probes(DIALOGUES[1], 1)["interactions"] == TURNS[2:]
+    # the value of the first was last said in the turn that is cut
+    (kept,) = with_probes(DIALOGUES[0], 2)["interactions"][2:]
+    assert kept["query"] == "Which table?" and with_probes(DIALOGUES[1], 1)["interactions"] == TURNS[1:2]
 
 
 def test_steps_are_the_same_for_every_arm_and_start_with_short_dialogues(tokenizer):
@@ -133,7 +136,7 @@ def test_steps_are_the_same_for_every_arm_and_start_with_short_dialogues(tokeniz
             rows[arm] = list(chain.from_iterable(turns))
         assert all(row == rows["rxt"] for row in rows.values())
     longest = [max(len(episode["labels"]) for episode in data["rxt"][number]) for number in range(30)]
-    assert max(longest[: round(CURRICULUM[0][0] * 30)]) == 5 and max(longest) == 9
+    assert max(longest[: round(CURRICULUM[0][0] * 30)]) == 3 and max(longest) == 9
     again = DialogueSteps(tokenizer, dialogues, 30, tokens_per_step=400)
     assert [again[number] for number in range(30)] == [data["rxt"][number] for number in range(30)]
 
@@ -178,3 +181,18 @@ def test_the_benchmark_measures_every_arm_beside_the_floor(trained, capsys, monk
         "Llama, full history, equal data",
         "a slot's most frequent value",
     ]
+
+
+def test_the_recipe_trains_and_measures_the_sizes_of_the_paper(trained):
+    root, size = Path(__file__).parents[1], {name: value for name, value in SIZES.items() if name != "vocab_size"}
+    override = json.dumps(size | {"num_experts": 2, "head_dim": 8}, separators=(",", ":"))
+    options = f"--max_steps 1 --tokens_per_step 400 --warmup_steps 0 --disable_tqdm True --override {override}"
+    environment = {"SIZE": "micro", "ARMS": "rxt full_history", "OPTIONS": options}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(root)}
+    command = ["sh", "examples/recipes/dialogues.sh", str(trained / "sizes"), str(trained / "booking")]
+    done = subprocess.run(command, cwd=root, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((trained / "sizes" / "dialogues.json").read_text())
+    parameters = [entry["parameters"] for entry in report["arms"].values()]
+    assert list(report["arms"]) == ["rxt", "full_history"]
+    assert max(parameters) < 1.1 * min(parameters)

@@ -91,6 +91,33 @@ def test_episodes_grow_over_the_run_and_are_a_function_of_the_step():
     assert not torch.equal(data[28]["input_ids"][0, 0], data[29]["input_ids"][0, 0])
 
 
+def test_values_are_typed_at_the_start_only_and_arguments_reach_the_generator(monkeypatch):
+    asked = []
+
+    def spy(task, seed, size, **more):
+        asked.append((task, more))
+        return generate(task, seed, size, **more)
+
+    monkeypatch.setattr(memory_tasks, "generate", spy)
+    options = MemoryTaskArguments(tasks=["remember", "mqar"], generator='{"num_symbols": 32}', turns_per_step=40)
+    data = MemoryTasks(None, options, 100)
+    shares = []
+    for step in (0, 4, 8, 10, 50):
+        asked.clear()
+        batch = data[step]
+        shares += {more["p_typed"] for _, more in asked}
+        assert batch["input_ids"].max() > 10 + 32
+    assert shares == pytest.approx([1.0, 1 - 4 / 9, 1 / 9, 0.0, 0.0])
+    asked.clear()
+    data[1]
+    assert {task for task, _ in asked} == {"mqar"} and all("p_typed" not in more for _, more in asked)
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    factor = [memory_tasks.trapezoid(step, 1000, 100) for step in (0, 50, 100, 700, 850, 1000)]
+    assert factor == pytest.approx([0.0, 0.5, 1.0, 1.0, 0.5, 0.02])
+
+
 @pytest.mark.parametrize("task", ["remember", "babi1"])
 def test_recipe_resumes_and_writes_down_what_it_measured(tmp_path, task):
     shared = ["--tasks", task, "--size", "3", "--test_sizes", "2", "3", "--test_episodes", "4", "--max_steps", "4"]

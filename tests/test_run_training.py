@@ -54,6 +54,16 @@ def losses(folder):
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
+def test_tensorboard_gets_the_losses(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = train("pretraining", tmp_path, "--report_to", "tensorboard", override=SIZE, vocab_size=300, tokens=64)
+    (events,) = folder.rglob("events.out.tfevents.*")
+    written = EventAccumulator(str(events)).Reload().Scalars("train/loss")
+    assert {event.step: pytest.approx(event.value, abs=1e-4) for event in written} == losses(folder)
+
+
 class Warned(logging.Handler):
     def __init__(self):
         super().__init__(logging.WARNING)

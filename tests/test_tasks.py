@@ -342,3 +342,23 @@ def test_a_task_with_too_few_episodes_for_both_splits_says_so():
     with pytest.raises(ValueError, match="too few different episodes"):
         for split in ("train", "test"):
             generate_mqar(1, num_pairs=1, num_turns=2, num_symbols=1, split=split)
+
+
+@pytest.mark.parametrize("task", ["remember", "rewrite"])
+def test_a_typed_value_is_one_of_the_quarter_that_belongs_to_its_key(task):
+    def kinds(p_typed):
+        """First symbols of the values, by first symbol of the key."""
+        found = {}
+        for seed in range(100):
+            episode = TASKS[task](seed, num_symbols=16, p_typed=p_typed)
+            for turn in episode["interactions"]:
+                if turn["kind"] == "state":
+                    found.setdefault(turn["query"][0], set()).add(turn["query"][2])
+        return found
+
+    typed, free = kinds(1.0), kinds(0.0)
+    assert len(typed) == 16 and all(len(values) == 4 for values in typed.values())
+    assert len(set.union(*typed.values())) == 16, "kinds share their values, or leave some out"
+    assert all(len(values) > 8 for values in free.values())
+    with pytest.raises(ValueError, match=r"p_typed=1.5 must be a probability"):
+        TASKS[task](0, p_typed=1.5)

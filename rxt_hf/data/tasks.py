@@ -84,6 +84,7 @@ def generate_remember(
     key_length: int = 2,
     value_length: int = 1,
     num_symbols: int = 16,
+    p_typed: float = 0.0,
     split: str = "train",
 ) -> dict[str, Any]:
     r"""
@@ -91,9 +92,13 @@ def generate_remember(
     the other, then the value of one key is asked. How many pairs are kept exactly measures the memory's capacity.
 
     What differs: a segment is a turn, so that telling takes no answer; keys and values have symbols of their own;
-    `num_questions` keys may be asked, in turns of their own, each once.
+    `num_questions` keys may be asked, in turns of their own, each once. With probability `p_typed` a value starts with
+    one of a quarter of the symbols that belongs to the first symbol of its key, as a colour answers the question for a
+    colour: to begin to learn with, not to test.
     """
-    return _associative("remember", seed, split, num_pairs, None, num_questions, key_length, value_length, num_symbols)
+    return _associative(
+        "remember", seed, split, num_pairs, None, num_questions, key_length, value_length, num_symbols, p_typed
+    )
 
 
 def generate_rewrite(
@@ -105,6 +110,7 @@ def generate_rewrite(
     key_length: int = 2,
     value_length: int = 1,
     num_symbols: int = 16,
+    p_typed: float = 0.0,
     split: str = "train",
 ) -> dict[str, Any]:
     r"""
@@ -115,7 +121,7 @@ def generate_rewrite(
     value is never the one it replaces. Questions list the outdated values as `stale`.
     """
     return _associative(
-        "rewrite", seed, split, num_writes, num_keys, num_questions, key_length, value_length, num_symbols
+        "rewrite", seed, split, num_writes, num_keys, num_questions, key_length, value_length, num_symbols, p_typed
     )
 
 
@@ -129,6 +135,7 @@ def _associative(
     key_length: int,
     value_length: int,
     num_symbols: int,
+    p_typed: float,
 ) -> dict[str, Any]:
     key_symbols, value_symbols, vocab_size = _vocabulary(num_symbols)
     wanted = num_writes if num_keys is None else num_keys
@@ -138,7 +145,17 @@ def _associative(
     )
     _require(wanted <= num_symbols**key_length, f"{wanted} keys do not fit in {num_symbols}**{key_length} words")
     _require(wanted <= num_writes, f"num_keys={wanted} exceeds num_writes={num_writes}: every key is told")
+    _require(0.0 <= p_typed <= 1.0, f"p_typed={p_typed} must be a probability")
     _require(1 <= num_questions <= wanted, f"num_questions={num_questions} must be between 1 and the {wanted} keys")
+
+    kind = max(1, num_symbols // 4)
+
+    def value_of(rng: Random, key: tuple[int, ...]) -> tuple[int, ...]:
+        first, *rest = _word(rng, value_symbols, value_length)
+        if p_typed and rng.random() < p_typed:
+            place = (key[0] * kind + first % kind) % num_symbols
+            first = value_symbols[place]
+        return (first, *rest)
 
     def write(rng: Random) -> list[Turn]:
         keys: list[tuple[int, ...]] = []
@@ -149,9 +166,9 @@ def _associative(
         told: dict[tuple[int, ...], list[tuple[tuple[int, ...], int]]] = {}
         turns = []
         for key in _sample(rng, order, num_writes):
-            value = _word(rng, value_symbols, value_length)
+            value = value_of(rng, key)
             while key in told and value == told[key][-1][0]:
-                value = _word(rng, value_symbols, value_length)
+                value = value_of(rng, key)
             told.setdefault(key, []).append((value, len(turns)))
             turns.append(_state([*key, *value], None))
         for key in _sample(rng, told, num_questions):

@@ -52,7 +52,9 @@ def build_model(arm: str, config: RxTConfig) -> PreTrainedModel:
         ]
     }
     attention = 4 * config.hidden_size * config.num_attention_heads * cast(int, config.head_dim)
-    layers = max(1, round(room / (attention + 3 * config.hidden_size * config.intermediate_size)))
+    # a mixture of experts has room for more layers than can be trained
+    fits = round(room / (attention + 3 * config.hidden_size * config.intermediate_size))
+    layers = min(max(1, fits), 3 * config.num_hidden_layers)
     shared |= {
         "num_key_value_heads": config.num_attention_heads,
         "num_hidden_layers": layers,

@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..chat_template import train_tokenizer
 from ..configuration_rxt import RxTConfig
-from ..data.readers import Episodes, bucket_by_turns
+from ..data.readers import Episodes, bucket_by_turns, cut_episode
 from ..evaluation.memory import sampled
 from ..presets import PRESETS
 from .arms import Arm, arranged, build_model
@@ -32,8 +32,14 @@ from .fact_dialogues import RECIPE as FACT_RECIPE
 from .fact_dialogues import CpuBudget, MuonAdamW, StepCollator, learning_rate_factor
 
 # (share of the run, turns that dialogues are cut to): short ones first, so that writing and reading find each other
-CURRICULUM = ((0.2, 3), (0.5, 6), (1.0, 16))
-RECIPE: dict[str, Any] = FACT_RECIPE | {"max_steps": 1500, "warmup_steps": 100, "learning_rate": 2e-3}
+CURRICULUM = ((0.1, 2), (0.25, 5), (1.0, 16))
+RECIPE: dict[str, Any] = FACT_RECIPE | {
+    "max_steps": 1500,
+    "warmup_steps": 100,
+    "learning_rate": 2e-3,
+    # asked for by name, or bf16 is refused
+    "use_cpu": not torch.accelerator.is_available(),
+}
 
 
 @dataclass
@@ -47,16 +53,15 @@ class DialogueArguments:
     dialogues: int | None = field(default=None, metadata={"help": "read so many of each folder only"})
     vocab_size: int = field(default=4096, metadata={"help": "vocabulary of the tokenizer"})
     preset: str = field(default="tiny", metadata={"help": "a name of rxt_hf.presets.PRESETS"})
-    override: str = field(default='{"num_memory_slots": 64}', metadata={"help": "JSON object of config fields"})
+    override: str = field(default="", metadata={"help": "JSON object of further config fields"})
     start_from: str | None = field(default=None, metadata={"help": "folder of a run whose model is trained further"})
     cpu_seconds: float | None = field(default=None, metadata={"help": "stops the run at this many CPU seconds"})
 
 
 def with_probes(dialogue: Mapping[str, Any], max_turns: int) -> dict[str, Any]:
-    """The last turns of a dialogue, where most values are said, and then those of its probes that ask about them."""
-    turns = dialogue["interactions"][-max_turns:]
-    probes = [probe for probe in dialogue.get("probes") or [] if probe["distance"] <= len(turns)]
-    return {**dialogue, "interactions": [*turns, *probes]}
+    """The first turns of a dialogue, and then its probes as far as they are about them."""
+    cut = cut_episode(dialogue, max_turns)
+    return cut | {"interactions": [*cut["interactions"], *cut.get("probes", [])]}
 
 
 class DialogueSteps(Dataset):
@@ -117,11 +122,12 @@ def main(argv: list[str] | None = None) -> None:
     if options.start_from is not None:
         model = AutoModelForCausalLM.from_pretrained(options.start_from, dtype=torch.float32)
     else:
-        settings: dict[str, Any] = {**PRESETS[options.preset], **json.loads(options.override)}
+        settings: dict[str, Any] = {**PRESETS[options.preset], **json.loads(options.override or "{}")}
         settings["vocab_size"] = len(tokenizer)
         model = build_model(options.arm, RxTConfig(**settings))
-    # at these sizes plain matrix products in bfloat16 are the fastest attention on a CPU
-    model.set_attn_implementation("eager")
+    if args.use_cpu:
+        # at these sizes plain matrix products in bfloat16 are the fastest attention there
+        model.set_attn_implementation("eager")
     optimizer = MuonAdamW(model, args)
     factor = partial(learning_rate_factor, steps=args.max_steps, warmup_steps=int(args.warmup_steps))
     choices: dict[str, Any] = {name: getattr(options, name) for name in ("arm", "tokens", "tokens_per_step")}

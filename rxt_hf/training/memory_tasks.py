@@ -10,6 +10,8 @@ are read and not written, so that all of an episode's questions ask one and the 
 """
 
 import json
+import shlex
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,6 +47,8 @@ SIZES: dict[str, Any] = {
 TEST_SEED = 1_000_000_000
 # shares of the run: the size grows from here to there, and the learning rate falls over the last one
 GROWTH, FALL = (0.2, 0.6), 0.3
+# in this share of the run ever fewer values can be told from the kind of their key: that is how binding begins
+HINT, HINTED = 0.09, ("remember", "rewrite")
 RECIPE: dict[str, Any] = {
     "max_steps": 9000,
     "learning_rate": 1e-3,
@@ -92,9 +96,9 @@ class MemoryTaskArguments:
     cpu_seconds: float | None = field(default=None, metadata={"help": "stops the run at this many CPU seconds"})
 
 
-def generate(task: str, seed: int, size: int, split: str = "train", generator: str = "") -> dict[str, Any]:
+def generate(task: str, seed: int, size: int, **more: Any) -> dict[str, Any]:
     arguments = SIZES.get(task, lambda questions: {"num_questions": questions})(size)
-    return TASKS[task](seed, split=split, **arguments | json.loads(generator or "{}"))
+    return TASKS[task](seed, **arguments | more)
 
 
 def episode_batch(tokenizer: PreTrainedTokenizerFast | None, episodes: list[dict]) -> dict[str, torch.Tensor]:
@@ -120,6 +124,7 @@ class MemoryTasks(Dataset):
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast | None, options: MemoryTaskArguments, steps: int):
         self.tokenizer, self.options, self.steps = tokenizer, options, steps
+        self.arguments = json.loads(options.generator or "{}")
 
     def __len__(self) -> int:
         return self.steps
@@ -134,9 +139,12 @@ class MemoryTasks(Dataset):
         size = round(options.first_size * (options.size / options.first_size) ** growth)
         if rng.random() < 1 / 3:
             size = options.first_size + int(rng.random() * (size - options.first_size + 1))
+        arguments = dict(self.arguments)
+        if task in HINTED:
+            arguments["p_typed"] = max(0.0, 1.0 - index / (HINT * self.steps))
         episodes, turns = [], 0
         for seed in count(index * 10_000):
-            episodes.append(generate(task, seed, size, generator=options.generator))
+            episodes.append(generate(task, seed, size, **arguments))
             turns += len(episodes[-1]["interactions"])
             if turns + turns / len(episodes) > options.turns_per_step:
                 return episode_batch(self.tokenizer, episodes)
@@ -175,7 +183,7 @@ def exact(
     task: str,
     size: int,
     episodes: int,
-    generator: str = "",
+    **arguments: Any,
 ) -> dict:
     """
     Share of the answers that are right in every token, end token included, given the right tokens before: what greedy
@@ -186,7 +194,7 @@ def exact(
     by_distance: dict[int, list[bool]] = {}
     for first in range(0, episodes, 20):
         seeds = range(TEST_SEED + first, TEST_SEED + min(first + 20, episodes))
-        rows = [generate(task, seed, size, "test", generator) for seed in seeds]
+        rows = [generate(task, seed, size, split="test", **arguments) for seed in seeds]
         batch = episode_batch(tokenizer, rows)
         logits, targets = answer_logits(model, batch)
         is_right = iter(((logits.argmax(-1) == targets) | (targets == -100)).all(-1).tolist())
@@ -223,7 +231,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"The recipe runs in one process, got {args.world_size}.")
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    first = generate(options.tasks[0], 0, options.size, generator=options.generator)
+    arguments = json.loads(options.generator or "{}")
+    first = generate(options.tasks[0], 0, options.size, **arguments)
     tokenizer = None
     if "vocab_size" not in first:
         tokenizer = train_tokenizer(stories(options.tasks), vocab_size=600, max_length=128)
@@ -250,6 +259,9 @@ def main(argv: list[str] | None = None) -> None:
     sizes = options.test_sizes or [options.size]
     result = {
         "environment": environment("cpu"),
+        "command": shlex.join(
+            ["python", "-m", "rxt_hf.training.memory_tasks", *(sys.argv[1:] if argv is None else argv)]
+        ),
         "tasks": options.tasks,
         "parameters": model.num_parameters(),
         "memory_bytes": model.init_stm(1).nbytes,
@@ -257,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
         "seed": args.seed,
         "cpu_seconds": round(budget.seconds(), 1),
         "exact": [
-            exact(model, tokenizer, task, size, options.test_episodes, options.generator)
+            exact(model, tokenizer, task, size, options.test_episodes, **arguments)
             for task in options.tasks
             for size in sizes
         ],

@@ -11,6 +11,11 @@ model, tokenizer, code and card, and is what the next stage's `model` names. Sev
 
     torchrun --nproc_per_node 2 -m rxt_hf.cli train memory_aware --config memory_aware.yaml
 
+and on several machines by the same line on each of them, here two with eight devices:
+
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint first-machine:29500 \
+        -m rxt_hf.cli train memory_aware --config memory_aware.yaml
+
 Data are JSONL files, or folders with `train.jsonl` (and `test.jsonl` for `eval_data`), see `rxt_hf.data.readers`, or
 "facts" for generated dialogues. Pre-training also takes `.txt` files, whose documents blank lines separate, and rows
 with `text`. Preference data are dialogues with `rejected` beside answers, or rows with `chosen` and `rejected`; of

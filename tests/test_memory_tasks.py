@@ -113,6 +113,31 @@ def test_values_are_typed_at_the_start_only_and_arguments_reach_the_generator(mo
     assert {task for task, _ in asked} == {"mqar"} and all("p_typed" not in more for _, more in asked)
 
 
+def test_an_episode_may_begin_with_the_memory_of_other_writes_which_get_no_gradient():
+    options = MemoryTaskArguments(tasks=["rewrite"], size=6, history=20, turns_per_step=40)
+    data = MemoryTasks(None, options, 50)
+    assert all("history" not in data[step] for step in range(10)), "binding is still to be learnt"
+    lengths = [data[step]["history"].shape[1] for step in range(10, 50) if "history" in data[step]]
+    assert len(lengths) > 30 and max(lengths) > 16 and min(lengths) < 5
+    batch = next(data[step] for step in range(10, 50) if "history" in data[step])
+    rows = len(batch["input_ids"])
+    assert len(batch["history"]) == rows and not torch.equal(batch["history"][:, 0], batch["input_ids"][:, 0])
+    model = tiny_model(vocab_size=60).double()
+    logits, _ = answer_logits(model, batch)
+    width, turns = batch["input_ids"].shape[-1], batch["history"].shape[1]
+    history = F.pad(batch["history"], (0, width - batch["history"].shape[-1]))
+    whole = {"input_ids": torch.cat([history, batch["input_ids"]], 1)}
+    whole["attention_mask"] = torch.cat([(history != 0).long(), batch["attention_mask"]], 1)
+    whole["write_mask"] = torch.cat([torch.ones(rows, turns, dtype=torch.long), batch["write_mask"]], 1)
+    is_asked = (batch["labels"] != -100).any(-1)
+    expected = model(**whole).logits[:, turns:][is_asked][:, :-1]
+    targets = batch["labels"][is_asked][:, 1:]
+    close(logits[targets != -100], expected[targets != -100], 1e-10)
+    # the initial memory is read through what was written without gradient alone
+    logits.sum().backward()
+    assert model.model.initial_memory.grad is None or not model.model.initial_memory.grad.any()
+
+
 def test_the_learning_rate_rises_stays_and_falls():
     factor = [memory_tasks.trapezoid(step, 1000, 100) for step in (0, 50, 100, 700, 850, 1000)]
     assert factor == pytest.approx([0.0, 0.5, 1.0, 1.0, 0.5, 0.02])

@@ -91,6 +91,9 @@ class MemoryTaskArguments:
     test_sizes: list[int] = field(default_factory=list, metadata={"help": "default: --size"})
     test_episodes: int = field(default=200, metadata={"help": "of each task and size"})
     generator: str = field(default="", metadata={"help": "JSON object of further arguments of the tasks' generators"})
+    history: int = field(
+        default=0, metadata={"help": "episodes of token ids begin after up to so many other writes, without gradient"}
+    )
     turns_per_step: int = field(default=240, metadata={"help": "of all episodes of a step"})
     override: str = field(default="", metadata={"help": "JSON object of further config fields"})
     cpu_seconds: float | None = field(default=None, metadata={"help": "stops the run at this many CPU seconds"})
@@ -147,8 +150,14 @@ class MemoryTasks(Dataset):
             episodes.append(generate(task, seed, size, **arguments))
             turns += len(episodes[-1]["interactions"])
             if turns + turns / len(episodes) > options.turns_per_step:
-                return episode_batch(self.tokenizer, episodes)
-        raise AssertionError("unreachable")
+                break
+        batch = episode_batch(self.tokenizer, episodes)
+        length = int(rng.random() * (options.history + 1))
+        if length and self.tokenizer is None and index >= start:
+            seeds = range(index * 10_000 + 5_000, index * 10_000 + 5_000 + len(episodes))
+            before = episode_batch(None, [generate(task, seed, length, **arguments) for seed in seeds])
+            batch["history"] = before["input_ids"][:, :length]
+        return batch
 
 
 def answer_logits(model: RxTForCausalLM, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,6 +168,11 @@ def answer_logits(model: RxTForCausalLM, batch: dict[str, torch.Tensor]) -> tupl
     turns = int(batch["write_mask"].any(0).nonzero().max()) + 1
     written = mask * batch["write_mask"].unsqueeze(-1)
     states = inner.initial_states(len(embeds))
+    if "history" in batch:
+        with torch.no_grad():
+            # the memory drifts with every write: what is bound must be found wherever it has come to
+            before, real = inner.embed_tokens(batch["history"]), batch["history"] != 0
+            _, states = inner.read_states(before, real, real, states)
     read, last = inner.read_states(embeds[:, :turns], mask[:, :turns], written[:, :turns], states)
     read = torch.cat([read, last.unsqueeze(1).expand(-1, embeds.shape[1] - turns, -1, -1, -1)], dim=1)
     is_read = (labels != -100).any(-1)

@@ -23,12 +23,16 @@ CONVERSATIONS = (
 )
 
 
-@pytest.fixture(scope="module")
-def fact_recall():
-    spec = importlib.util.spec_from_file_location("fact_recall", ROOT / "benchmarks" / "fact_recall.py")
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def fact_recall():
+    return script("fact_recall")
 
 
 @pytest.mark.parametrize("page", ["README.md", "model_cards/rxt-tiny-facts.md"])
@@ -189,3 +193,32 @@ def test_recall_in_fewer_bits_is_shown_as_it_was_measured():
         assert words.format(f"{recall:.3f}") in readme, arm
     # "in a quarter of its bytes": and the file's header
     assert arms["int8 memory"]["memory_file_bytes"] < 0.27 * arms["float32"]["memory_file_bytes"]
+
+
+def test_real_dialogues_are_shown_as_they_were_measured():
+    report = json.loads((RESULTS / "dialogues.json").read_text())
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    assert all(script("dialogues").table(report, source) in page for source in report["floors"])
+    # equal data and, within what whole layers of Mamba allow, equal size
+    assert len({arm["training_steps"] for arm in report["arms"].values()}) == 1
+    sizes = {name: arm["parameters"] for name, arm in report["arms"].items()}
+    assert all(
+        size == pytest.approx(sizes["rxt"], rel=0.07 if "mamba" in name else 0.02) for name, size in sizes.items()
+    )
+
+
+def test_options_are_shown_as_they_were_measured():
+    report = json.loads((RESULTS / "options.json").read_text())
+    assert script("options").table(report) in (ROOT / "benchmarks" / "README.md").read_text()
+
+
+def test_memory_tasks_are_shown_as_they_were_measured():
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    recipe = " ".join((ROOT / "examples" / "recipes" / "memory_tasks.sh").read_text().replace("\\", " ").split())
+    for name in ("remember", "rewrite"):
+        report = json.loads((RESULTS / f"{name}.json").read_text())
+        cells = " | ".join(f"{row['exact']:.3f}" for row in report["exact"])
+        assert f"| {name}, {report['parameters']:,} parameters, {report['cpu_seconds']:.0f} CPU s | {cells} |" in page
+        # the recipe is the command that was measured
+        options = report["command"].partition(" --tasks ")[2].replace(" --disable_tqdm True", "")
+        assert options in recipe, options

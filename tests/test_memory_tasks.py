@@ -116,10 +116,10 @@ def test_values_are_typed_at_the_start_only_and_arguments_reach_the_generator(mo
 def test_an_episode_may_begin_with_the_memory_of_other_writes_which_get_no_gradient():
     options = MemoryTaskArguments(tasks=["rewrite"], size=6, history=20, turns_per_step=40)
     data = MemoryTasks(None, options, 50)
-    assert all("history" not in data[step] for step in range(10)), "binding is still to be learnt"
-    lengths = [data[step]["history"].shape[1] for step in range(10, 50) if "history" in data[step]]
-    assert len(lengths) > 30 and max(lengths) > 16 and min(lengths) < 5
-    batch = next(data[step] for step in range(10, 50) if "history" in data[step])
+    assert all("history" not in data[step] for step in range(30)), "binding is still to be learnt"
+    lengths = [data[step]["history"].shape[1] for step in range(30, 50) if "history" in data[step]]
+    assert len(lengths) > 15 and max(lengths) > 15 and min(lengths) < 6
+    batch = next(data[step] for step in range(30, 50) if "history" in data[step])
     rows = len(batch["input_ids"])
     assert len(batch["history"]) == rows and not torch.equal(batch["history"][:, 0], batch["input_ids"][:, 0])
     model = tiny_model(vocab_size=60).double()

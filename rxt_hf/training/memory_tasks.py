@@ -92,7 +92,8 @@ class MemoryTaskArguments:
     test_episodes: int = field(default=200, metadata={"help": "of each task and size"})
     generator: str = field(default="", metadata={"help": "JSON object of further arguments of the tasks' generators"})
     history: int = field(
-        default=0, metadata={"help": "episodes of token ids begin after up to so many other writes, without gradient"}
+        default=0,
+        metadata={"help": "full-grown episodes of token ids begin after up to so many other writes, without gradient"},
     )
     turns_per_step: int = field(default=240, metadata={"help": "of all episodes of a step"})
     override: str = field(default="", metadata={"help": "JSON object of further config fields"})
@@ -153,7 +154,7 @@ class MemoryTasks(Dataset):
                 break
         batch = episode_batch(self.tokenizer, episodes)
         length = int(rng.random() * (options.history + 1))
-        if length and self.tokenizer is None and index >= start:
+        if length and self.tokenizer is None and index >= end:
             seeds = range(index * 10_000 + 5_000, index * 10_000 + 5_000 + len(episodes))
             before = episode_batch(None, [generate(task, seed, length, **arguments) for seed in seeds])
             batch["history"] = before["input_ids"][:, :length]

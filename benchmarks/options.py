@@ -203,15 +203,16 @@ def measure(model: Any, tokenizer: Any) -> dict[str, float | None]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Means over seeds, with the smallest and the largest."""
+    """Means over seeds, with the smallest and the largest if there are several."""
     rows = []
     for name, runs in report["options"].items():
         cells = []
         for figure in FIGURES:
             values = [run[figure] for run in runs.values() if run[figure] is not None]
             digits = 0 if figure == "CPU s" else 1 if figure.startswith("rank") else 2
-            text = [f"{value:.{digits}f}" for value in (mean(values), min(values), max(values))] if values else None
-            cells.append(f"{text[0]} ({text[1]}-{text[2]})" if text else "")
+            cells.append(f"{mean(values):.{digits}f}" if values else "")
+            if len(values) > 1:
+                cells[-1] += f" ({min(values):.{digits}f}-{max(values):.{digits}f})"
         rows.append([name, *cells])
     return markdown_table(["option", *FIGURES], *rows)
 
@@ -228,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     if report["steps"] != options.steps:
         raise ValueError(f"{path} holds models of {report['steps']} steps, not {options.steps}: use another output.")
     report["environment"] = environment("cpu")
-    report["model"], report["parameters"] = MODEL, None
+    report["model"] = MODEL
     tokenizer = train_tokenizer(corpus_texts(10_000), vocab_size=1024, max_length=128)
     for seed in options.seeds:
         episodes = list(dialogues(tokenizer, seed, options.steps))
@@ -237,8 +238,8 @@ def main(argv: list[str] | None = None) -> None:
             if str(seed) in runs:
                 continue
             model, seconds = trained(tokenizer, OPTIONS[name], episodes, seed)
-            report["parameters"] = report["parameters"] or model.num_parameters()
-            runs[str(seed)] = measure(model, tokenizer) | {"CPU s": round(seconds, 1)}
+            facts = {"CPU s": round(seconds, 1), "parameters": model.num_parameters()}
+            runs[str(seed)] = measure(model, tokenizer) | facts
             print(f"seed {seed}  {name:40} {runs[str(seed)]}", flush=True)
             path.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))

@@ -2,7 +2,11 @@
 """The recipe of synthetic memory tasks: what is read, written, counted, and how it resumes."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,3 +169,15 @@ def test_recipe_resumes_and_writes_down_what_it_measured(tmp_path, task):
     assert [row["size"] for row in result["exact"]] == [2, 3] and result["steps"] == 4
     with pytest.raises(ValueError, match="no task 'babi4'; the tasks are remember"):
         memory_tasks.main(["--tasks", "babi4", "--output_dir", str(tmp_path / "none")])
+
+
+def test_the_recipe_of_the_results_runs(tmp_path):
+    root = Path(__file__).parents[1]
+    environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(root)}
+    options = ["--max_steps", "2", "--test_episodes", "2", "--override", json.dumps(SIZES)]
+    command = ["sh", "examples/recipes/memory_tasks.sh", str(tmp_path), *options]
+    done = subprocess.run(command, cwd=root, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, sizes in {"remember": [10, 20, 30, 40, 50], "rewrite": [16, 50, 100, 200]}.items():
+        result = json.loads((tmp_path / name / "result.json").read_text())
+        assert [row["size"] for row in result["exact"]] == sizes and result["steps"] == 2

@@ -225,3 +225,6 @@ def test_memory_tasks_are_shown_as_they_were_measured():
         # the recipe is the command that was measured
         options = report["command"].partition(" --tasks ")[2].replace(" --disable_tqdm True", "")
         assert options in recipe, options
+    (largest,) = (row for row in json.loads((RESULTS / "remember.json").read_text())["exact"] if row["size"] == 50)
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert largest["exact"] == 1.0 and "the values of 50 random pairs come back without an error" in readme

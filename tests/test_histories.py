@@ -141,6 +141,11 @@ def test_steps_are_the_same_for_every_arm_and_start_with_short_dialogues(tokeniz
     assert [again[number] for number in range(30)] == [data["rxt"][number] for number in range(30)]
 
 
+def test_dialogues_without_anything_to_learn_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="No dialogue has an answer within the limits"):
+        DialogueSteps(tokenizer, DIALOGUES, 10, tokens=3)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Folders of an RxT and of a Llama after two steps, and the data."""

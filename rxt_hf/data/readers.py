@@ -19,7 +19,7 @@ import gzip
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby, islice
+from itertools import chain, count, groupby, islice
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -353,6 +353,14 @@ def bucket_by_turns(
     if batch:
         batches.append(batch)
     return sorted(batches, key=lambda _: random())
+
+
+def endless_batches(episodes: Episodes, max_batch_tokens: int) -> Iterator[list[int]]:
+    """[`bucket_by_turns`], epoch after epoch; raises `ValueError` if there is no episode to begin with."""
+    if not len(episodes):
+        raise ValueError("No dialogue has an answer within the limits on turns and tokens: raise them.")
+    epochs = (bucket_by_turns(episodes.sizes, max_batch_tokens=max_batch_tokens, epoch=epoch) for epoch in count())
+    return chain.from_iterable(epochs)
 
 
 def pack_texts(

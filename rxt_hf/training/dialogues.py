@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, count, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..chat_template import train_tokenizer
 from ..configuration_rxt import RxTConfig
-from ..data.readers import Episodes, bucket_by_turns, cut_episode
+from ..data.readers import Episodes, cut_episode, endless_batches
 from ..evaluation.memory import sampled
 from ..presets import PRESETS
 from .arms import Arm, arranged, build_model
@@ -82,13 +82,8 @@ class DialogueSteps(Dataset):
         for share, turns in CURRICULUM:
             cut = (with_probes(dialogue, turns) for dialogue in dialogues)
             episodes = Episodes(tokenizer, cut, max_tokens=tokens)
-            batches = self._batches(episodes, tokens_per_step)
+            batches = endless_batches(episodes, tokens_per_step)
             self.steps += [(episodes, batch) for batch in islice(batches, round(share * steps) - len(self.steps))]
-
-    @staticmethod
-    def _batches(episodes: Episodes, tokens_per_step: int) -> Iterator[list[int]]:
-        epochs = (bucket_by_turns(episodes.sizes, max_batch_tokens=tokens_per_step, epoch=epoch) for epoch in count())
-        return chain.from_iterable(epochs)
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from itertools import chain, count, islice
+from itertools import chain, islice
 from pathlib import Path
 from random import Random
 from typing import Any, Literal, cast, get_args
@@ -45,7 +45,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..convert import adapter_config
 from ..data.collator import RxTEpisodeCollator
-from ..data.readers import Episodes, bucket_by_turns
+from ..data.readers import Episodes, bucket_by_turns, endless_batches
 from ..evaluation.memory import DISTANCES, Memory, recalled_at, sampled, token_losses
 from ..evaluation.speed import environment
 from ..modeling_rxt import RxTForCausalLM
@@ -103,9 +103,7 @@ class TrainingSteps(Dataset):
 
     def __init__(self, episodes: Episodes, steps: int, options: UpcycleArguments):
         self.episodes, self.labelled_share = episodes, options.labelled_share
-        batch_tokens = options.tokens_per_step
-        epochs = (bucket_by_turns(episodes.sizes, max_batch_tokens=batch_tokens, epoch=epoch) for epoch in count())
-        self.steps = list(islice(chain.from_iterable(epochs), steps))
+        self.steps = list(islice(endless_batches(episodes, options.tokens_per_step), steps))
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -29,6 +29,7 @@ from rxt_hf.data.facts import corpus_texts, generate_dialogue
 from rxt_hf.evaluation.recall import FIRST_TEST_SEED, effective_rank, recall
 from rxt_hf.evaluation.speed import environment, markdown_table
 from rxt_hf.modeling_rxt import RxTForPreTraining
+from rxt_hf.training.fact_dialogues import MIX as FACT_MIX
 from rxt_hf.training.fact_dialogues import MuonAdamW, encode_dialogue, learning_rate_factor
 from rxt_hf.training.stages import set_training_stage
 
@@ -63,15 +64,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # (share of the steps, turns of a dialogue)
 CURRICULUM = ((0.06, 2), (0.2, 4), (0.75, 8), (1.0, 16))
 TURNS_PER_STEP = 64
-MIX: dict[str, Any] = {
-    "p_state": 0.33,
-    "p_overwrite": 0.14,
-    "p_ask": 0.45,
-    "p_chat": 0.08,
-    "p_unknown": 0.15,
-    "p_open": 0.0,
-    "p_two": 0.0,
-}
+MIX: dict[str, Any] = FACT_MIX | {"p_overwrite": 0.14, "p_ask": 0.45, "p_open": 0.0, "p_two": 0.0}
 CASES = {"seen": {8: 60, 16: 40, 32: 20}, "unseen": {8: 60}}
 FIGURES = ("8 turns", "16 turns", "32 turns", "unseen pairs", "stale at 16", "rank after 8", "CPU s")
 

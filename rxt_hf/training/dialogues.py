@@ -12,15 +12,13 @@ the same order, cut at the same interactions, with the same labels: every answer
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerFast, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerFast, TrainingArguments
 
 from ..chat_template import train_tokenizer
 from ..configuration_rxt import RxTConfig
@@ -29,7 +27,7 @@ from ..evaluation.memory import sampled
 from ..presets import PRESETS
 from .arms import Arm, arranged, build_model
 from .fact_dialogues import RECIPE as FACT_RECIPE
-from .fact_dialogues import CpuBudget, MuonAdamW, StepCollator, learning_rate_factor
+from .fact_dialogues import CpuBudget, StepCollator, train
 
 # (share of the run, turns that dialogues are cut to): short ones first, so that writing and reading find each other
 CURRICULUM = ((0.1, 2), (0.25, 5), (1.0, 16))
@@ -120,23 +118,9 @@ def main(argv: list[str] | None = None) -> None:
         settings: dict[str, Any] = {**PRESETS[options.preset], **json.loads(options.override or "{}")}
         settings["vocab_size"] = len(tokenizer)
         model = build_model(options.arm, RxTConfig(**settings))
-    if args.use_cpu:
-        # at these sizes plain matrix products in bfloat16 are the fastest attention there
-        model.set_attn_implementation("eager")
-    optimizer = MuonAdamW(model, args)
-    factor = partial(learning_rate_factor, steps=args.max_steps, warmup_steps=int(args.warmup_steps))
     choices: dict[str, Any] = {name: getattr(options, name) for name in ("arm", "tokens", "tokens_per_step")}
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=DialogueSteps(tokenizer, dialogues, args.max_steps, **choices),
-        data_collator=StepCollator(tokenizer.pad_token_id),
-        callbacks=[CpuBudget(folder, options.cpu_seconds)],
-        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)),
-    )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
-    trainer.save_model()
-    trainer.save_state()
+    data = DialogueSteps(tokenizer, dialogues, args.max_steps, **choices)
+    train(model, args, data, StepCollator(tokenizer.pad_token_id), CpuBudget(folder, options.cpu_seconds))
 
 
 if __name__ == "__main__":

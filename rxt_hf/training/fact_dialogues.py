@@ -21,6 +21,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -255,6 +256,36 @@ class CpuBudget(TrainerCallback):
             logs["cpu_seconds"] = round(self.seconds(), 1)
 
 
+def train(
+    model: Any,
+    args: TrainingArguments,
+    data: Dataset,
+    collator: Callable,
+    budget: CpuBudget,
+    *,
+    factor: Callable[..., float] = learning_rate_factor,
+    trainer_class: type[Trainer] = Trainer,
+) -> Trainer:
+    """Trains to the end with [`MuonAdamW`], or on from the last checkpoint in `args.output_dir`, and saves there."""
+    if args.use_cpu:
+        # at these sizes plain matrix products in bfloat16 are the fastest attention there
+        model.set_attn_implementation("eager")
+    optimizer = MuonAdamW(model, args)
+    rate = partial(factor, steps=args.max_steps, warmup_steps=int(args.warmup_steps))
+    trainer = trainer_class(
+        model=model,
+        args=args,
+        train_dataset=data,
+        data_collator=collator,
+        callbacks=[budget],
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)),
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(args.output_dir)))
+    trainer.save_model()
+    trainer.save_state()
+    return trainer
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser(cast("Any", (FactDialogueArguments, TrainingArguments)))
     parser.set_defaults(**RECIPE)
@@ -280,30 +311,17 @@ def main(argv: list[str] | None = None) -> None:
         model = build_model(options.arm, RxTConfig(**settings))
     else:
         model = AutoModelForCausalLM.from_pretrained(options.start_from, dtype=torch.float32, **override)
-    # at these sizes plain matrix products in bfloat16 are the fastest attention on a CPU
-    model.set_attn_implementation("eager")
-    optimizer = MuonAdamW(model, args)
-    factor = partial(learning_rate_factor, steps=args.max_steps, warmup_steps=int(args.warmup_steps))
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=FactDialogues(
-            tokenizer,
-            # each process takes an item of its own, and one for each batch that it accumulates
-            args.max_steps * args.world_size * args.gradient_accumulation_steps,
-            options.turns_per_step,
-            options.arm,
-            seed=args.seed,
-            skip=options.skip,
-            mix=json.loads(options.mix or "{}"),
-        ),
-        data_collator=StepCollator(tokenizer.pad_token_id),
-        callbacks=[CpuBudget(folder, options.cpu_seconds)],
-        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)),
+    data = FactDialogues(
+        tokenizer,
+        # each process takes an item of its own, and one for each batch that it accumulates
+        args.max_steps * args.world_size * args.gradient_accumulation_steps,
+        options.turns_per_step,
+        options.arm,
+        seed=args.seed,
+        skip=options.skip,
+        mix=json.loads(options.mix or "{}"),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
-    trainer.save_model()
-    trainer.save_state()
+    trainer = train(model, args, data, StepCollator(tokenizer.pad_token_id), CpuBudget(folder, options.cpu_seconds))
     if isinstance(model, RxTForCausalLM) and trainer.is_world_process_zero():
         save_compact(model, tokenizer, folder / "demo")
 

@@ -14,7 +14,6 @@ import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count, islice
 from math import ceil
 from pathlib import Path
@@ -25,7 +24,6 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import HfArgumentParser, PreTrainedTokenizerFast, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..chat_template import train_tokenizer
 from ..configuration_rxt import RxTConfig
@@ -34,7 +32,7 @@ from ..data.readers import encode_turns
 from ..data.tasks import TASKS
 from ..evaluation.speed import environment
 from ..modeling_rxt import RxTForCausalLM
-from .fact_dialogues import CpuBudget, MuonAdamW
+from .fact_dialogues import CpuBudget, train
 
 # what the size of an episode of a task says, as arguments of its generator; of the others: the number of questions
 SIZES: dict[str, Any] = {
@@ -255,22 +253,9 @@ def main(argv: list[str] | None = None) -> None:
     vocab_size = first["vocab_size"] if tokenizer is None else len(tokenizer)
     torch.manual_seed(args.seed)
     model = RxTForCausalLM(RxTConfig(**MODEL | {"vocab_size": vocab_size} | json.loads(options.override or "{}")))
-    # at these sizes plain matrix products in bfloat16 are the fastest attention on a CPU
-    model.set_attn_implementation("eager")
-    optimizer = MuonAdamW(model, args)
-    factor = partial(trapezoid, steps=args.max_steps, warmup_steps=int(args.warmup_steps))
     budget = CpuBudget(folder, options.cpu_seconds)
-    trainer = TaskTrainer(
-        model=model,
-        args=args,
-        train_dataset=MemoryTasks(tokenizer, options, args.max_steps),
-        data_collator=lambda batches: batches[0],
-        callbacks=[budget],
-        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)),
-    )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)))
-    trainer.save_model()
-    trainer.save_state()
+    data = MemoryTasks(tokenizer, options, args.max_steps)
+    trainer = train(model, args, data, lambda batches: batches[0], budget, factor=trapezoid, trainer_class=TaskTrainer)
     sizes = options.test_sizes or [options.size]
     result = {
         "environment": environment("cpu"),

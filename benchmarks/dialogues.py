@@ -49,6 +49,8 @@ def floors(folder: str, dialogues: Dialogues) -> dict[str, float]:
     asked = [probe for dialogue in dialogues.episodes.dialogues for probe in dialogue.get("probes", [])]
     right = [guess.get(probe["slot"]) in [text.lower() for text in probe["answers"]] for probe in asked]
     far = [is_right for is_right, probe in zip(right, asked, strict=True) if probe["distance"] >= 3]
+    if not far:
+        raise ValueError(f"The test dialogues of {folder} have no probe about a value said 3 or more turns before.")
     return {"all": sum(right) / len(right), "3+": sum(far) / len(far)}
 
 

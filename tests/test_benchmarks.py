@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from rxt_hf.data.facts import generate_dialogue
+from rxt_hf.evaluation.recall import FIRST_TEST_SEED
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DECODE_SHARES = (
@@ -210,8 +213,38 @@ def test_real_dialogues_are_shown_as_they_were_measured():
     )
 
 
+def test_what_is_said_of_real_dialogues_is_what_was_measured():
+    report = json.loads((RESULTS / "dialogues.json").read_text())
+    page = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
+    found = {
+        source: {name: arm["sources"][source]["own"] for name, arm in report["arms"].items()}
+        for source in report["floors"]
+    }
+    far = script("dialogues").far_probes
+    best = {source: max(far(each["probes"]) for each in arms.values()) for source, arms in found.items()}
+    guess = report["floors"]["sgd"]["3+"]
+    assert f"of SGD's probes at most {best['sgd']:.3f} are answered where guessing gives {guess:.3f}" in page
+    assert best["star"] < report["floors"]["star"]["3+"] and "of STAR's fewer than guessing gives" in page
+    perplexity = {
+        source: {name: each["answer_perplexity"]["all"][0] for name, each in arms.items()}
+        for source, arms in found.items()
+    }
+    assert perplexity["sgd"]["current_turn"] < min(perplexity["sgd"][name] for name in ("rxt", "full_history"))
+    for figures in perplexity.values():
+        assert figures["rxt"] == pytest.approx(figures["full_history"], rel=0.03)
+    sizes = {name: f"{arm['parameters']:,}" for name, arm in report["arms"].items()}
+    assert f"Models of {sizes['rxt']} parameters (Mamba-2: {sizes['mamba']})" in page
+    assert f"{report['arms']['full_history:equal_compute']['training_steps']:,}) on the same tokens" in page
+
+
 def test_options_are_shown_as_they_were_measured():
     report = json.loads((RESULTS / "options.json").read_text())
+    module, page = script("options"), (ROOT / "benchmarks" / "README.md").read_text()
+    seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + module.CASES["seen"][8])
+    dialogues = [generate_dialogue(seed, split="seen", num_turns=8, p_two=0.0, p_open=0.0) for seed in seeds]
+    asked = sum(turn["kind"] == "ask" for dialogue in dialogues for turn in dialogue["interactions"])
+    assert f"At 8 turns {asked} questions were asked" in page
+    assert {*report["options"]} == {*module.OPTIONS} and report["options"]["base"].keys() == {"1"}
     assert script("options").table(report) in (ROOT / "benchmarks" / "README.md").read_text()
 
 

@@ -201,3 +201,12 @@ def test_the_recipe_trains_and_measures_the_sizes_of_the_paper(trained):
     parameters = [entry["parameters"] for entry in report["arms"].values()]
     assert list(report["arms"]) == ["rxt", "full_history"]
     assert max(parameters) < 1.1 * min(parameters)
+
+
+def test_the_benchmark_refuses_dialogues_without_probes(trained, tmp_path):
+    benchmark = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "dialogues.py"))
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"interactions": TURNS}) + "\n")
+    words = ["--data", str(tmp_path), "--arm", f"rxt={trained / 'rxt'}", "--output", str(tmp_path / "found.json")]
+    with pytest.raises(ValueError, match="have no probe about a value said 3 or more turns before"):
+        benchmark["main"](words)

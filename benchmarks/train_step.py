@@ -1,7 +1,7 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Cost of a training step by the number of turns: tokens per second and peak memory of RxT, with and without activation
-checkpointing and by depth of back-propagation, against a Llama of the same decoder over the same turns as single rows.
+Cost of a training step by the number of turns: tokens per second and peak memory of RxT, with and without recomputing
+activations and by depth of back-propagation, against a Llama of the same decoder over the same turns as single rows.
 
     OMP_NUM_THREADS=1 python benchmarks/train_step.py --size tiny --output benchmarks/results/train_step_tiny.json
 
@@ -23,7 +23,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import psutil
 import torch
@@ -31,18 +31,21 @@ import torch
 from rxt_hf.evaluation.speed import SIZES, build_models, count, environment, interleaved, markdown_table, ratio, shown
 
 DEPTHS = ("all", "1", "4")
-# name of an arm: model, depth of back-propagation, whether activations are recomputed
-ARMS: dict[str, tuple[str, str, bool]] = {
-    "llama": ("llama", "all", False),
-    "llama_recompute": ("llama", "all", True),
+# keeps every activation, or recomputes as `Trainer` does with gradient_checkpointing=True, or as it does with
+# gradient_checkpointing_kwargs={"use_reentrant": True} besides, which builds no graph before the backward pass
+Recompute = Literal["", "recompute", "reentrant"]
+# name of an arm: model, depth of back-propagation, recomputation
+ARMS: dict[str, tuple[str, str, Recompute]] = {
+    "llama": ("llama", "all", ""),
+    "llama_recompute": ("llama", "all", "recompute"),
     **{
-        f"rxt_bptt_{depth}{'_recompute' * recompute}": ("rxt", depth, recompute)
+        f"rxt_bptt_{depth}{'_' * bool(recompute)}{recompute}": ("rxt", depth, recompute)
         for depth in DEPTHS
-        for recompute in (False, True)
+        for recompute in get_args(Recompute)
     },
 }
-# the two that the ratios are about
-PLAIN, RECOMPUTED = "rxt_bptt_all", "rxt_bptt_all_recompute"
+# the two that the targets are about
+PLAIN, RECOMPUTED = "rxt_bptt_all", "rxt_bptt_all_reentrant"
 TARGETS = {"step_over_llama": 2.0, "peak_over_fewest_turns": 1.15}
 
 
@@ -58,7 +61,7 @@ class Step:
     """Training steps of one arm, over turns of `options.tokens` tokens."""
 
     def __init__(self, arm: str, model: Any, optimizer: torch.optim.Optimizer, options: argparse.Namespace):
-        kind, depth, self.recomputes = ARMS[arm]
+        kind, depth, self.recompute = ARMS[arm]
         self.model, self.optimizer = model, optimizer
         self.is_episode, self.depth = kind == "rxt", None if depth == "all" else int(depth)
         self.shape = (options.batch_size, options.tokens)
@@ -72,8 +75,8 @@ class Step:
         self.model.train()
         if self.is_episode:
             self.model.config.bptt_turns = self.depth
-        if self.recomputes:
-            self.model.activation_checkpointing_enable()
+        if self.recompute:
+            self.model.activation_checkpointing_enable({"use_reentrant": self.recompute == "reentrant"})
         else:
             self.model.activation_checkpointing_disable()
         ids = self.ids(turns)

@@ -251,9 +251,11 @@ def test_options_are_shown_as_they_were_measured():
 def test_memory_tasks_are_shown_as_they_were_measured():
     page = (ROOT / "benchmarks" / "README.md").read_text()
     recipe = " ".join((ROOT / "examples" / "recipes" / "memory_tasks.sh").read_text().replace("\\", " ").split())
-    for name in ("remember", "rewrite"):
+    for name in ("remember", "rewrite", "babi"):
         report = json.loads((RESULTS / f"{name}.json").read_text())
         cells = " | ".join(f"{row['exact']:.3f}" for row in report["exact"])
+        heads = " | ".join(row["task"][4:] if name == "babi" else str(row["size"]) for row in report["exact"])
+        assert f" | {heads} |\n|---|" in page
         assert f"| {name}, {report['parameters']:,} parameters, {report['cpu_seconds']:.0f} CPU s | {cells} |" in page
         # the recipe is the command that was measured
         options = report["command"].partition(" --tasks ")[2].replace(" --disable_tqdm True", "")

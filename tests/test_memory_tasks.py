@@ -112,6 +112,11 @@ def test_values_are_typed_at_the_start_only_and_arguments_reach_the_generator(mo
         shares += {more["p_typed"] for _, more in asked}
         assert batch["input_ids"].max() > 10 + 32
     assert shares == pytest.approx([1.0, 1 - 4 / 9, 1 / 9, 0.0, 0.0])
+    for hint, expected in ((0.0, 0.0), (0.16, 0.5)):
+        asked.clear()
+        options.hint = hint
+        data[8]
+        assert {more["p_typed"] for _, more in asked} == {expected}
     asked.clear()
     data[1]
     assert {task for task, _ in asked} == {"mqar"} and all("p_typed" not in more for _, more in asked)
@@ -178,6 +183,12 @@ def test_the_recipe_of_the_results_runs(tmp_path):
     command = ["sh", "examples/recipes/memory_tasks.sh", str(tmp_path), *options]
     done = subprocess.run(command, cwd=root, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name, sizes in {"remember": [10, 20, 30, 40, 50], "rewrite": [16, 50, 100, 200]}.items():
+    measured = {
+        "remember": [10, 20, 30, 40, 50],
+        "rewrite": [16, 50, 100, 200],
+        "babi": [5] * 4,
+        "babi_objects": [5] * 3,
+    }
+    for name, sizes in measured.items():
         result = json.loads((tmp_path / name / "result.json").read_text())
         assert [row["size"] for row in result["exact"]] == sizes and result["steps"] == 2

@@ -152,6 +152,36 @@ def test_an_rxt_answers_as_one_session_for_each_dialogue(model, tokenizer):
     assert arm.stm_cache.turns.tolist() == [3, 3, 3]
 
 
+@pytest.mark.parametrize("kind", ["rxt", "llama"])
+def test_samples_are_of_the_whole_distribution_and_the_same_each_time(model, llama, tokenizer, monkeypatch, kind):
+    played = model if kind == "rxt" else llama
+    answers = []
+
+    def kept(interaction, answer):
+        answers.append(answer)
+        return {"correct": False, "stale": False}
+
+    monkeypatch.setattr(evaluation, "score_answer", kept)
+    # what the model's own settings would make of sampling: greedy answers
+    for name, value in {"top_k": 1, "top_p": 0.01, "temperature": 0.01}.items():
+        monkeypatch.setattr(played.generation_config, name, value)
+    for do_sample in (False, True, True):
+        torch.rand(1)
+        result = recall(
+            played,
+            tokenizer,
+            num_turns=2,
+            num_dialogues=3,
+            max_new_tokens=LIMIT,
+            full_history=True,
+            do_sample=do_sample,
+        )
+        assert result["do_sample"] is do_sample
+    greedy, first, second = (answers[start : start + 6] for start in (0, 6, 12))
+    assert first == second
+    assert all(one != other for one, other in zip(greedy, first, strict=True))
+
+
 @pytest.mark.parametrize("control", ["other_memory", "cleared_memory"])
 def test_a_control_changes_what_a_turn_reads_and_nothing_of_what_is_written(model, tokenizer, control):
     """By hand: every dialogue alone, without padding, each turn read once under the memory of the control."""

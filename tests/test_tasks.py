@@ -362,3 +362,32 @@ def test_a_typed_value_is_one_of_the_quarter_that_belongs_to_its_key(task):
     assert all(len(values) > 8 for values in free.values())
     with pytest.raises(ValueError, match=r"p_typed=1.5 must be a probability"):
         TASKS[task](0, p_typed=1.5)
+
+
+@pytest.mark.parametrize(
+    ("task", "told", "number"),
+    [
+        ("babi1", r"(\w+) (?:went|walked|ran|moved) to the (\w+)", 6),
+        ("babi8", r"(\w+) (?:picked up|took|grabbed) the (\w+)", 4),
+    ],
+)
+def test_people_of_a_typed_story_have_two_places_and_objects_of_their_own(task, told, number):
+    def belongings(p_typed):
+        found = {}
+        for seed in range(100):
+            for turn in TASKS[task](seed, p_typed=p_typed)["interactions"]:
+                for person, thing in re.findall(told, turn["query"]):
+                    found.setdefault(person, Counter())[thing] += 1
+        return found
+
+    typed, free = belongings(1.0), belongings(0.0)
+    assert len(typed) == len(free) == 4
+    assert all(len(things) == number for things in free.values())
+    # where none of the two can be taken, another is
+    assert all(sum(count for _, count in things.most_common(2)) > 0.7 * things.total() for things in typed.values())
+    assert len({frozenset(dict(things.most_common(2))) for things in typed.values()}) >= 2
+    assert set.union(*(set(things) for things in typed.values())) == set.union(*(set(x) for x in free.values()))
+    if task == "babi1":
+        assert all(len(things) == 2 for things in typed.values())
+    with pytest.raises(ValueError, match=r"p_typed=-0.1 must be a probability"):
+        TASKS[task](0, p_typed=-0.1)

@@ -32,14 +32,14 @@ def options(train_step, tmp_path):
 def test_every_arm_steps_over_the_same_tokens_and_changes_its_model(train_step, options):
     given = options("--batch-size", "2")
     models = train_step.models_of(given)
-    for arm, (kind, depth, recomputes) in train_step.ARMS.items():
+    for arm, (kind, depth, recompute) in train_step.ARMS.items():
         step = train_step.Step(arm, models[kind], train_step.adamw(models[kind]), given)
         before = [parameter.clone() for parameter in models[kind].parameters()]
         assert step.ids(3).numel() == 2 * 3 * 5
         assert step.run(3)["step_s"] > 0
         assert any(not torch.equal(old, new) for old, new in zip(before, models[kind].parameters(), strict=True))
         if kind == "rxt":
-            assert models[kind].model.gradient_checkpointing == recomputes
+            assert models[kind].model.gradient_checkpointing == bool(recompute)
             assert str(models[kind].config.bptt_turns or "all") == depth
 
 

@@ -89,11 +89,11 @@ def find_pairs(model, tokenizer, options: Recipe) -> list[list[dict]]:
     return pairs
 
 
-def measured(model, tokenizer, count: int) -> list[dict]:
-    """Greedy, closed loop, on test dialogues that no training sees."""
+def measured(model, tokenizer, count: int, do_sample: bool = False) -> list[dict]:
+    """Closed loop, on test dialogues that no training sees; greedy, or sampled at temperature 1."""
     tests = (("seen", 16, count), ("seen", 32, count // 2), ("open", 8, count))
     return [
-        recall(model, tokenizer, split=split, num_turns=turns, num_dialogues=max(1, dialogues))
+        recall(model, tokenizer, split=split, num_turns=turns, num_dialogues=max(1, dialogues), do_sample=do_sample)
         for split, turns, dialogues in tests
     ]
 
@@ -111,7 +111,8 @@ def report(path: Path, before: list[dict], after: list[dict], **facts) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
     for old, new in zip(before, after, strict=True):
         for name in ("recall", "stale", "abstention"):
-            print(f"{old['split']:5} {old['turns']:2} turns  {name:10} {old[name]} -> {new[name]}")
+            how = "sampled" if old["do_sample"] else "greedy"
+            print(f"{old['split']:5} {old['turns']:2} turns  {how:8} {name:10} {old[name]} -> {new[name]}")
 
 
 def main() -> None:

@@ -5,8 +5,9 @@ Stage 6 on the demo: memory reinforcement learning on whole dialogues, rewarded 
     OMP_NUM_THREADS=1 python examples/recipes/reinforcement.py --output_dir out
 
 plays training dialogues, eight samples of each, first of 8 turns and then of 16, half of which come back to a topic
-after others, and measures before and after on test dialogues (`out/result.json`). It resumes from the last checkpoint
-in `out`. Every argument of `TrainingArguments` can be given, such as `--max_steps 20`.
+after others, and measures before and after on test dialogues (`out/result.json`): greedy, and sampled as in training,
+which is what the reward is about. It resumes from the last checkpoint in `out`. Every argument of `TrainingArguments`
+can be given, such as `--max_steps 20`.
 """
 
 import time
@@ -63,7 +64,15 @@ def main() -> None:
     folder, start = Path(args.output_dir), time.process_time()
     folder.mkdir(parents=True, exist_ok=True)
     model, tokenizer = loaded(options.model)
-    before = measured(model, tokenizer, options.test_dialogues)
+
+    def measure() -> list[dict]:
+        return [
+            row
+            for do_sample in (False, True)
+            for row in measured(model, tokenizer, options.test_dialogues, do_sample=do_sample)
+        ]
+
+    before = measure()
     trainer = ReinforcementTrainer(
         model,
         args,
@@ -76,7 +85,7 @@ def main() -> None:
     report(
         folder / "result.json",
         before,
-        measured(model, tokenizer, options.test_dialogues),
+        measure(),
         cpu_seconds=round(time.process_time() - start, 1),
         log=trainer.state.log_history,
     )

@@ -250,6 +250,7 @@ def generate_babi(
     num_questions: int = 5,
     facts_per_question: int | None = None,
     facts_per_turn: int = 1,
+    p_typed: float = 0.0,
     split: str = "train",
 ) -> dict[str, Any]:
     r"""
@@ -264,15 +265,17 @@ def generate_babi(
     What differs: own names, places and phrases; statements are turns of `facts_per_turn` sentences that are answered
     "Okay."; questions come after `facts_per_question` sentences (2 to 8 by task), more where nothing can be asked yet;
     an object may be given to somebody at the same place in every task with objects. A pronoun stands only in the
-    sentence after the one that names the person, never after a question.
+    sentence after the one that names the person, never after a question. With probability `p_typed` a person goes to
+    one of two places, or takes one of two objects, that belong to them: to begin to learn with, not to test.
     """
     _require(task in BABI_TASKS, f"task={task} must be one of {BABI_TASKS}")
+    _require(0.0 <= p_typed <= 1.0, f"p_typed={p_typed} must be a probability")
     defaults = {2: 4, 3: 8, 7: 4, 8: 4}
     facts = defaults.get(task, 2) if facts_per_question is None else facts_per_question
     _require(min(facts, facts_per_turn, num_questions) >= 1, "a story needs at least one fact, turn and question")
 
     def write(rng: Random) -> list[Turn]:
-        world, turns = _World(rng, task), []
+        world, turns = _World(rng, task, p_typed), []
         for _ in range(num_questions):
             sentences: list[str] = []
             question = None
@@ -293,8 +296,8 @@ def generate_babi(
 class _World:
     """Who is where and has what, with the turn in which that was told."""
 
-    def __init__(self, rng: Random, task: int):
-        self.rng, self.task, self.turn = rng, task, 0
+    def __init__(self, rng: Random, task: int, p_typed: float):
+        self.rng, self.task, self.p_typed, self.turn = rng, task, p_typed, 0
         self.place: dict[str, tuple[str, int]] = {}
         self.carried: dict[str, dict[str, int]] = {person: {} for person in PEOPLE}
         self.changed: dict[str, int] = {}
@@ -315,7 +318,7 @@ class _World:
             subject = f"{_pick(self.rng, ('Then', 'After that', 'Afterwards'))} {PEOPLE[person]}"
         self.last_person = person
         here = self.place.get(person, ("", 0))[0]
-        there = _pick(self.rng, [place for place in PLACES if place != here])
+        there = _pick(self.rng, self.belonging(person, PLACES, [place for place in PLACES if place != here]))
         self.place[person] = (there, self.turn)
         for item in self.carried[person]:
             self.trail[item].append((there, self.turn))
@@ -332,7 +335,7 @@ class _World:
         if not possible:
             return self.move(person)
         action = _pick(self.rng, possible)
-        item = _pick(self.rng, free if action == "take" else has)
+        item = _pick(self.rng, self.belonging(person, OBJECTS, free) if action == "take" else has)
         self.changed[person] = self.turn
         if action == "take":
             self.trail.setdefault(item, [self.place[person]])
@@ -344,6 +347,14 @@ class _World:
         other = _pick(self.rng, others)
         self.carried[other][item] = self.changed[other] = self.turn
         return f"{person} {_pick(self.rng, ('gave', 'handed', 'passed'))} the {item} to {other}."
+
+    def belonging(self, person: str, things: tuple[str, ...], possible: list[str]) -> list[str]:
+        """With probability `p_typed` those of the possible things that are this person's, if there are any."""
+        if not self.p_typed or self.rng.random() >= self.p_typed:
+            return possible
+        first = list(PEOPLE).index(person)
+        own = [things[index % len(things)] for index in (first, first + 2)]
+        return [thing for thing in possible if thing in own] or possible
 
     def lies(self, item: str, here: str) -> bool:
         return self.trail[item][-1][0] == here

@@ -1,6 +1,7 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Recall of facts over turns, greedy and closed loop: the model's own answers are what its memory, or its history, holds.
+Recall of facts over turns, closed loop: the model's own answers are what its memory, or its history, holds. Greedy, or
+sampled at temperature 1 from the whole vocabulary, which is what reinforcement learning optimises.
 
     python -m rxt_hf.evaluation.recall MODEL --split seen --turns 8 --dialogues 100
 """
@@ -22,6 +23,8 @@ from ..modeling_rxt import RxTForCausalLM
 
 FIRST_TEST_SEED = 1_000
 Control = Literal["none", "other_memory", "cleared_memory"]
+GREEDY: dict[str, Any] = {"do_sample": False}
+SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 def left_padded(
@@ -37,15 +40,21 @@ def left_padded(
 class RxTArm:
     """Answers one turn of many dialogues from their memories."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast, control: Control = "none"):
-        self.model, self.tokenizer, self.control = model, tokenizer, control
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerFast,
+        control: Control = "none",
+        generation: dict[str, Any] = GREEDY,
+    ):
+        self.model, self.tokenizer, self.control, self.generation = model, tokenizer, control, generation
         self.stm_cache: STMCache | None = None
 
     def answer(self, queries: list[str], max_new_tokens: int) -> list[str]:
         prompts = encode_interactions(self.tokenizer, queries)["input_ids"]
         inputs = left_padded(prompts, self.tokenizer.pad_token_id, self.model.device)
         memory = self.model.init_stm(len(queries)) if self.stm_cache is None else self.stm_cache
-        out = self.model.generate(**inputs, stm_cache=memory, max_new_tokens=max_new_tokens, do_sample=False)
+        out = self.model.generate(**inputs, stm_cache=memory, max_new_tokens=max_new_tokens, **self.generation)
         self.stm_cache = out.stm_cache
         if self.control != "none":
             # the memory is written as ever; only what this turn reads is another's, or nothing
@@ -53,7 +62,7 @@ class RxTArm:
             if self.control == "other_memory":
                 read = memory.select(torch.arange(len(queries)).roll(1))
             out = self.model.generate(
-                **inputs, stm_cache=read, update_memory=False, max_new_tokens=max_new_tokens, do_sample=False
+                **inputs, stm_cache=read, update_memory=False, max_new_tokens=max_new_tokens, **self.generation
             )
         return self.tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -61,8 +70,14 @@ class RxTArm:
 class HistoryArm:
     """Answers from the text of the conversation: all of it, or of the current turn only."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast, full_history: bool):
-        self.model, self.tokenizer, self.full_history = model, tokenizer, full_history
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerFast,
+        full_history: bool,
+        generation: dict[str, Any] = GREEDY,
+    ):
+        self.model, self.tokenizer, self.full_history, self.generation = model, tokenizer, full_history, generation
         self.histories: list[list[int]] | None = None
 
     def answer(self, queries: list[str], max_new_tokens: int) -> list[str]:
@@ -70,7 +85,7 @@ class HistoryArm:
         prompts = encode_interactions(self.tokenizer, queries)["input_ids"]
         prompts = [history + prompt for history, prompt in zip(histories, prompts, strict=True)]
         inputs = left_padded(prompts, self.tokenizer.pad_token_id, self.model.device)
-        sequences = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        sequences = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **self.generation)
         answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
         if self.full_history:
             pad = self.tokenizer.pad_token_id
@@ -81,12 +96,15 @@ class HistoryArm:
         return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
-def make_arm(model, tokenizer, control: Control = "none", *, full_history: bool = False) -> RxTArm | HistoryArm:
+def make_arm(
+    model, tokenizer, control: Control = "none", *, full_history: bool = False, do_sample: bool = False
+) -> RxTArm | HistoryArm:
+    generation = SAMPLED if do_sample else GREEDY
     if isinstance(model, RxTForCausalLM):
-        return RxTArm(model, tokenizer, control)
+        return RxTArm(model, tokenizer, control, generation)
     if control != "none":
         raise ValueError(f"control={control!r} needs a model with a memory, got {type(model).__name__}.")
-    return HistoryArm(model, tokenizer, full_history)
+    return HistoryArm(model, tokenizer, full_history, generation)
 
 
 @torch.no_grad()
@@ -99,12 +117,13 @@ def recall(
     num_dialogues: int = 100,
     full_history: bool = False,
     control: Control = "none",
+    do_sample: bool = False,
     first_seed: int = FIRST_TEST_SEED,
     max_new_tokens: int = 32,
     **dialogue_kwargs,
 ) -> dict:
     """
-    Plays dialogues of a test split and scores every question.
+    Plays dialogues of a test split and scores every question. With `do_sample` the seed of torch's generator is set.
 
     Returns: recall (share of asked facts whose value is answered), its 95 % half-width, stale (share of questions
     about an overwritten fact answered with an older value), abstention on questions about facts not told, and recall
@@ -117,7 +136,9 @@ def recall(
         generate_dialogue(first_seed + row, split=split, num_turns=num_turns, **dialogue_kwargs)["interactions"]
         for row in range(num_dialogues)
     ]
-    player = make_arm(model, tokenizer, control, full_history=full_history)
+    player = make_arm(model, tokenizer, control, full_history=full_history, do_sample=do_sample)
+    if do_sample:
+        torch.manual_seed(first_seed)
     asked, stale, unknown, chat = [], [], [], []
     for turn in range(num_turns):
         interactions = [dialogue[turn] for dialogue in dialogues]
@@ -136,6 +157,7 @@ def recall(
     error = None if value is None else round(1.96 * math.sqrt(value * (1 - value) / len(asked)), 4)
     return {
         "control": control,
+        "do_sample": do_sample,
         "split": split,
         "turns": num_turns,
         "questions": len(asked),
@@ -216,6 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--control", default="none", choices=["none", "other_memory", "cleared_memory"])
     parser.add_argument("--split", nargs="+", default=["seen"])
     parser.add_argument("--turns", type=int, nargs="+", default=[8])
+    parser.add_argument("--do-sample", action="store_true", help="at temperature 1, not greedy")
     parser.add_argument("--dialogues", type=int, default=100)
     options = parser.parse_args(argv)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -230,6 +253,7 @@ def main(argv: list[str] | None = None) -> None:
                 num_dialogues=options.dialogues,
                 full_history=options.full_history,
                 control=options.control,
+                do_sample=options.do_sample,
             )
             print(json.dumps(result))
 

@@ -45,8 +45,8 @@ SIZES: dict[str, Any] = {
 TEST_SEED = 1_000_000_000
 # shares of the run: the size grows from here to there, and the learning rate falls over the last one
 GROWTH, FALL = (0.2, 0.6), 0.3
-# in this share of the run ever fewer values can be told from the kind of their key: that is how binding begins
-HINT, HINTED = 0.09, ("remember", "rewrite")
+# their values cannot be told from the kind of their key
+UNHINTED = ("mqar", "needle", "variable_tracking")
 RECIPE: dict[str, Any] = {
     "max_steps": 9000,
     "learning_rate": 1e-3,
@@ -92,6 +92,10 @@ class MemoryTaskArguments:
     history: int = field(
         default=0,
         metadata={"help": "full-grown episodes of token ids begin after up to so many other writes, without gradient"},
+    )
+    hint: float = field(
+        default=0.09,
+        metadata={"help": "share of the run in which ever fewer values can be told from the kind of their key"},
     )
     turns_per_step: int = field(default=240, metadata={"help": "of all episodes of a step"})
     override: str = field(default="", metadata={"help": "JSON object of further config fields"})
@@ -142,8 +146,9 @@ class MemoryTasks(Dataset):
         if rng.random() < 1 / 3:
             size = options.first_size + int(rng.random() * (size - options.first_size + 1))
         arguments = dict(self.arguments)
-        if task in HINTED:
-            arguments["p_typed"] = max(0.0, 1.0 - index / (HINT * self.steps))
+        if task not in UNHINTED:
+            # that is how binding begins
+            arguments["p_typed"] = max(0.0, 1.0 - index / (options.hint * self.steps)) if options.hint else 0.0
         episodes, turns = [], 0
         for seed in count(index * 10_000):
             episodes.append(generate(task, seed, size, **arguments))

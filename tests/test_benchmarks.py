@@ -276,10 +276,10 @@ def test_options_are_shown_as_they_were_measured():
 def test_memory_tasks_are_shown_as_they_were_measured():
     page = (ROOT / "benchmarks" / "README.md").read_text()
     recipe = " ".join((ROOT / "examples" / "recipes" / "memory_tasks.sh").read_text().replace("\\", " ").split())
-    for name in ("remember", "rewrite", "babi"):
+    for name in ("remember", "rewrite", "babi", "babi_objects"):
         report = json.loads((RESULTS / f"{name}.json").read_text())
         cells = " | ".join(f"{row['exact']:.3f}" for row in report["exact"])
-        heads = " | ".join(row["task"][4:] if name == "babi" else str(row["size"]) for row in report["exact"])
+        heads = " | ".join(row["task"][4:] if "babi" in name else str(row["size"]) for row in report["exact"])
         assert f" | {heads} |\n|---|" in page
         assert f"| {name}, {report['parameters']:,} parameters, {report['cpu_seconds']:.0f} CPU s | {cells} |" in page
         # the recipe is the command that was measured
@@ -288,3 +288,13 @@ def test_memory_tasks_are_shown_as_they_were_measured():
     (largest,) = (row for row in json.loads((RESULTS / "remember.json").read_text())["exact"] if row["size"] == 50)
     readme = " ".join((ROOT / "README.md").read_text().split())
     assert largest["exact"] == 1.0 and "the values of 50 random pairs come back without an error" in readme
+
+
+def test_cost_of_a_training_step_is_shown_as_it_was_measured():
+    ratios = json.loads((RESULTS / "train_step_tiny.json").read_text())["ratios"]
+    page = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
+    peaks = [ratios[f"rxt_bptt_all_{name}_peak_bytes_at_64_over_8"] for name in ("recompute", "reentrant")]
+    words = '{:.2f} times that at 8, with `gradient_checkpointing_kwargs={{"use_reentrant": True}}` {:.2f} times'
+    assert words.format(*peaks) in page
+    slowest = max(value for name, value in ratios.items() if name.startswith("rxt_bptt_all_step_over_llama_at_"))
+    assert f"A step costs up to {slowest:.2f} times" in page

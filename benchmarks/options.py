@@ -30,7 +30,8 @@ from rxt_hf.evaluation.recall import FIRST_TEST_SEED, effective_rank, recall
 from rxt_hf.evaluation.speed import environment, markdown_table
 from rxt_hf.modeling_rxt import RxTForPreTraining
 from rxt_hf.training.fact_dialogues import MIX as FACT_MIX
-from rxt_hf.training.fact_dialogues import MuonAdamW, encode_dialogue, learning_rate_factor
+from rxt_hf.training.fact_dialogues import encode_dialogue
+from rxt_hf.training.loop import MuonAdamW, learning_rate_factor
 from rxt_hf.training.stages import set_training_stage
 
 MODEL: dict[str, Any] = {

@@ -18,9 +18,10 @@ from rxt_hf.chat_template import encode_interaction, train_tokenizer
 from rxt_hf.data.facts import ATTRIBUTES, HELD_OUT_PAIRS, OPEN_REAL_NAMES, VALUES, corpus_texts, generate_dialogue
 from rxt_hf.evaluation.recall import FIRST_TEST_SEED
 from rxt_hf.presets import PRESETS
-from rxt_hf.training import fact_dialogues
+from rxt_hf.training import fact_dialogues, loop
 from rxt_hf.training.arms import ARMS, build_model
-from rxt_hf.training.fact_dialogues import CpuBudget, FactDialogues, MuonAdamW, StepCollator, main
+from rxt_hf.training.fact_dialogues import FactDialogues, main
+from rxt_hf.training.loop import CpuBudget, MuonAdamW, StepCollator, learning_rate_factor
 
 from .models import random_ids, tiny_model
 
@@ -96,7 +97,7 @@ def test_a_run_stopped_twice_ends_bit_identical_to_one_that_was_not(recipe):
 
 def test_the_cpu_budget_counts_over_resumed_runs_and_stops_with_a_checkpoint(tmp_path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(fact_dialogues.time, "process_time", lambda: now[0])
+    monkeypatch.setattr(loop.time, "process_time", lambda: now[0])
 
     def step(budget, seconds):
         now[0] += seconds
@@ -187,6 +188,13 @@ def test_dialogues_grow_and_seeds_are_those_of_training_over_a_whole_run(monkeyp
     assert turns[11_996:12_003] == (8, 16, 32, 64, 8, 16, 32)
     only_open = [step for step, each in enumerate(options) if each.get("only_open")]
     assert (len(only_open), only_open[0]) == (4400, 4001)
+    assert all(each["p_open"] == (1.0 if step in set(only_open) else 0.6) for step, each in enumerate(options))
+    calls.clear()
+    widened = FactDialogues(None, 15_000, 1, mix={"p_new": 0.3})
+    assert all(len(widened[step]) == 1 for step in range(4000, 4010))
+    assert [(each["p_open"], each["p_new"], "only_open" in each) for _, _, each in calls] == 2 * [
+        (0.6, 0.3, False), (1.0, 0.3, True), (0.6, 0.3, False), (1.0, 1.0, False), (0.6, 0.3, False)
+    ]  # fmt: skip
     long = [step for step, each in enumerate(options) if each["p_two"] > 0]
     assert long == [*range(0, 12_000, 6), *(step for step in range(12_000, 15_000) if step // 3 % 6 == 0)]
     assert not any("split" in each for each in options)
@@ -298,7 +306,7 @@ def test_a_baseline_has_as_many_parameters_as_the_demo_within_two_percent(fields
 
 
 def test_learning_rate_falls_twice():
-    factor = partial(fact_dialogues.learning_rate_factor, steps=1000, warmup_steps=100)
+    factor = partial(learning_rate_factor, steps=1000, warmup_steps=100)
     assert [factor(step) for step in (0, 50, 100)] == [0.0, 0.5, 1.0]
     assert factor(450) == pytest.approx(0.525)
     assert factor(799) == pytest.approx(0.05, abs=1e-4)

@@ -30,7 +30,7 @@ def told(turn):
 def test_a_seed_always_gives_the_same_dialogue():
     dialogues = [facts.generate_dialogue(seed, split=split, num_turns=16) for split in facts.SPLITS for seed in (7, 8)]
     digest = hashlib.sha256(json.dumps(dialogues).encode()).hexdigest()
-    assert digest[:16] == "6f3b66ae54bfe0dc"
+    assert digest[:16] == "5337ddc5000c370d"
     assert dialogues[0] != dialogues[1]
 
 
@@ -97,6 +97,34 @@ def test_the_open_split_uses_only_names_unknown_to_training():
     assert 0.4 < real / len(values) < 0.6
     listed = {value for values in facts.VALUES.values() for value in values}
     assert not listed & set(values)
+
+
+def test_the_new_split_tells_values_of_other_attributes_that_no_list_and_no_training_dialogue_has():
+    turns = turns_of("new")
+    stated = [pair for turn in turns for pair in told(turn)]
+    kinds = {ATTRIBUTES[name].value_type for name, _ in stated}
+    assert kinds == set(facts.VALUES) - set(facts.OPEN_TYPES) - {"month", "weekday"} == set(facts.NEW_TYPES)
+    real = {value for values in facts.NEW_REAL_VALUES.values() for value in values}
+    words = [value for name, value in stated if ATTRIBUTES[name].value_type != "number"]
+    assert 0.4 < sum(value in real for value in words) / len(words) < 0.6
+    training = turns_of("train", 2000, num_turns=16, p_open=1.0, p_new=1.0)
+    text = " ".join(turn[side] for turn in training for side in ("query", "answer"))
+    assert not {value.lower() for _, value in stated} & set(re.findall(r"\w+", text.lower()))
+    for name, value in stated:
+        kind = ATTRIBUTES[name].value_type
+        assert value.isdecimal() == (kind == "number")
+        assert value.istitle() == (kind in ("city", "language"))
+        assert value.endswith("s") or kind != "animal"
+
+
+def test_training_can_tell_values_out_of_no_list_but_no_held_out_pair_and_leaves_the_dialogues_as_they_are_without():
+    assert turns_of("train", 50) == turns_of("train", 50, p_new=0.0)
+    pairs = [pair for turn in turns_of("train", 2000, num_turns=16, p_new=0.5) for pair in told(turn)]
+    assert not HELD_OUT_PAIRS & set(pairs)
+    listed = {value for values in facts.VALUES.values() for value in values}
+    drawn = [value in listed for name, value in pairs if ATTRIBUTES[name].value_type in facts.NEW_TYPES]
+    assert sum(drawn) / len(drawn) == pytest.approx(0.5, abs=0.02)
+    assert all(value in listed for name, value in pairs if ATTRIBUTES[name].value_type in ("month", "weekday"))
 
 
 def test_the_seen_split_uses_training_pairs_and_the_unseen_split_asks_held_out_ones():

@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 import rxt_hf
-from rxt_hf.training.fact_dialogues import CpuBudget
+from rxt_hf.training.loop import CpuBudget
 from rxt_hf.training.reinforcement import FactCurriculum, ReinforcementArguments, ReinforcementTrainer
 
 RECIPE = {

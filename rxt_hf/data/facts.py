@@ -2,7 +2,8 @@
 """Deterministic dialogues in which a user states, changes and asks for facts.
 
 Splits: "train" (no held-out pair, open names of the training part), "seen" (training pairs, list values only),
-"unseen" (asked pairs are held out), "open" (open attributes with names that never occur in training).
+"unseen" (asked pairs are held out), "open" (open attributes with names that never occur in training), "new" (the
+other attributes, days and months apart, with values that are in no list and never occur in training).
 Training uses seeds >= 1_000_000 and tests seeds < 100_000; the split is part of the random seed.
 Only `Random.random` is used, whose sequence is the same in every Python version.
 """
@@ -17,7 +18,7 @@ from typing import Any, TypedDict
 from zlib import crc32
 
 UNKNOWN_ANSWER = "You have not told me that yet."
-SPLITS = ("train", "seen", "unseen", "open")
+SPLITS = ("train", "seen", "unseen", "open", "new")
 HELD_OUT_SHARE = 0.12
 
 # fmt: off
@@ -81,6 +82,26 @@ VALUES: dict[str, tuple[str, ...]] = {
         "bees"),
 }
 OPEN_TYPES = ("person", "surname", "pet", "thing", "word", "place")
+
+# Values of the other types that training never sees; numbers are drawn. Days and months have no others.
+NEW_REAL_VALUES: dict[str, tuple[str, ...]] = {
+    "city": _words(
+        "Leipzig Hamburg Krakow Munich Valencia Bristol Denver Houston Helsinki Ottawa Zurich Lyon Dallas Naples "
+        "Mumbai Jakarta"),
+    "colour": _words("teal maroon crimson scarlet lavender magenta amber khaki copper coral mauve bronze"),
+    "food": _words(
+        "ramen risotto falafel hummus burgers omelette sausages stew goulash kebab paella lentils gnocchi porridge"),
+    "drink": _words("matcha whisky vodka rum lassi prosecco chai buttermilk sherry brandy mead tonic"),
+    "job": _words(
+        "welder usher barber surgeon cashier sailor tiler miner translator astronaut cook optician roofer vicar"),
+    "hobby": _words(
+        "origami surfing archery gardening pottery rowing boxing hiking golf karate rugby juggling fencing judo"),
+    "instrument": _words("zither lute harmonica viola mandolin cornet bassoon lyre sitar marimba xylophone recorder"),
+    "language": _words("Finnish Danish Thai Czech Hebrew Latin Welsh Irish Basque Bengali Persian Urdu Swahili"),
+    "animal": _words(
+        "wasps rats tigers pandas whales dolphins camels rabbits hamsters eagles otters goats moths crabs"),
+}
+NEW_TYPES = (*NEW_REAL_VALUES, "number")
 
 OPEN_REAL_NAMES: tuple[str, ...] = _words(
     "Rex Bella Mochi Ziggy Bartholomew Xanthe Pixel Luna Max Rocky Bailey Duke Zeus Apollo Thor Odin Loki Freya "
@@ -379,6 +400,7 @@ HELD_OUT_PAIRS: frozenset[tuple[str, str]] = _choose_held_out()
 _TRAIN_VALUES = {a.name: [v for v in a.values if (a.name, v) not in HELD_OUT_PAIRS] for a in ATTRIBUTES.values()}
 _HELD_VALUES = {a.name: [v for v in a.values if (a.name, v) in HELD_OUT_PAIRS] for a in ATTRIBUTES.values()}
 _OPEN_NAMES = tuple(a.name for a in ATTRIBUTES.values() if a.is_open)
+_NEW_NAMES = tuple(a.name for a in ATTRIBUTES.values() if a.value_type in NEW_TYPES)
 
 
 def _all_words() -> frozenset[str]:
@@ -394,7 +416,8 @@ def _all_words() -> frozenset[str]:
 
 # A generated name is never a word that the dialogues use otherwise, nor (in training) a real test name.
 _USED_WORDS = _all_words()
-_REAL_WORDS = frozenset(name.lower() for name in OPEN_REAL_NAMES)
+_REAL_WORDS = frozenset(name.lower() for names in (OPEN_REAL_NAMES, *NEW_REAL_VALUES.values()) for name in names)
+_TAKEN = _USED_WORDS | _REAL_WORDS | frozenset(VALUES["number"])
 
 _SIMPLE = _words("b c d f g h j k l m n p r s t v w b d l m n r s t k z q x y")
 _CLUSTERS = _words("bl br ch cl cr dr fl fr gl gr kl kr ph pl pr qu sc sh sk sl sm sn sp st str sw th tr tw wh")
@@ -453,7 +476,7 @@ def is_test_name(word: str) -> bool:
 
 
 def open_name(rng: Random, split: str) -> str:
-    """A capitalised name of 3-9 letters; split "open" draws from the test part, every other split from the rest."""
+    """A capitalised name of 3-9 letters; "open" and "new" draw from the test part, every other split from the rest."""
     while True:
         word = _raw_name(rng)
         if not 3 <= len(word) <= 9 or word in _USED_WORDS or word in _REAL_WORDS:
@@ -461,8 +484,23 @@ def open_name(rng: Random, split: str) -> str:
         # names that people give are short
         if len(word) > 6 and rng.random() < 0.6:
             continue
-        if is_test_name(word) == (split == "open"):
+        if is_test_name(word) == (split in ("open", "new")):
             return word.capitalize()
+
+
+def new_value(rng: Random, value_type: str, split: str) -> str:
+    """A value that is in no list, for a type of `NEW_TYPES`; split "new" draws what training never sees."""
+    if split == "new" and value_type in NEW_REAL_VALUES and rng.random() < 0.5:
+        return _pick(rng, NEW_REAL_VALUES[value_type])
+    while True:
+        if value_type == "number":
+            value = str(1 + int(rng.random() * 999))
+        else:
+            value = open_name(rng, split)
+            value = value if value_type in ("city", "language") else value.lower()
+            value = value.rstrip("s") + "s" if value_type == "animal" else value
+        if value.lower() not in _TAKEN and is_test_name(value) == (split == "new"):
+            return value
 
 
 class Interaction(TypedDict):
@@ -516,9 +554,18 @@ def _noisy(template: str) -> str:
 class DialogueWriter:
     """Writes one dialogue turn by turn."""
 
-    def __init__(self, rng: Random, split: str, p_open: float, p_noise: float, max_live: int, only_open: bool) -> None:
-        self.rng, self.split, self.p_open, self.p_noise = rng, split, p_open, p_noise
-        self.names = _OPEN_NAMES if only_open else tuple(ATTRIBUTES)
+    def __init__(
+        self,
+        rng: Random,
+        split: str,
+        p_open: float,
+        p_noise: float,
+        max_live: int,
+        only_open: bool,
+        p_new: float = 0.0,
+    ) -> None:
+        self.rng, self.split, self.p_open, self.p_new, self.p_noise = rng, split, p_open, p_new, p_noise
+        self.names = _OPEN_NAMES if only_open else _NEW_NAMES if split == "new" else tuple(ATTRIBUTES)
         self.max_live = min(max_live, len(self.names))
         self.facts: dict[str, _Fact] = {}
         self.turn = 0
@@ -530,6 +577,9 @@ class DialogueWriter:
             name = _pick(rng, OPEN_REAL_NAMES) if real else open_name(rng, self.split)
             name = name.lower() if attribute.value_type == "word" else name
             return name if name not in exclude else self.value_for(attribute, exclude)
+        if self.p_new and attribute.value_type in NEW_TYPES and rng.random() < self.p_new:
+            value = new_value(rng, attribute.value_type, self.split)
+            return value if value not in exclude else self.value_for(attribute, exclude)
         pool = _TRAIN_VALUES[attribute.name]
         if self.split == "unseen" and rng.random() < 0.9:
             current = exclude[-1:]
@@ -680,6 +730,7 @@ def generate_dialogue(
     p_chat: float = 0.15,
     p_unknown: float = 0.12,
     p_open: float | None = None,
+    p_new: float | None = None,
     p_two: float = 0.1,
     p_noise: float = 0.15,
     max_live_facts: int | None = None,
@@ -687,7 +738,8 @@ def generate_dialogue(
 ) -> Dialogue:
     """
     Write the dialogue of a seed; turns that are impossible (a question before any fact) become statements.
-    `only_open` states nothing but attributes that any word fits, as split "open" does.
+    `only_open` states nothing but attributes that any word fits, as split "open" does; `p_open` is the share of their
+    values that are names out of no list, `p_new` that share for the other attributes (see `NEW_TYPES`).
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
@@ -699,6 +751,7 @@ def generate_dialogue(
         p_noise,
         len(ATTRIBUTES) if max_live_facts is None else max_live_facts,
         only_open or split == "open",
+        float(split == "new") if p_new is None else p_new,
     )
     turns = []
     for writer.turn in range(num_turns):

@@ -27,10 +27,13 @@ from ..evaluation.memory import sampled
 from ..presets import PRESETS
 from .arms import Arm, arranged, build_model
 from .fact_dialogues import RECIPE as FACT_RECIPE
-from .fact_dialogues import CpuBudget, StepCollator, train
+from .fact_dialogues import FactDialogues
+from .loop import CpuBudget, StepCollator, train
 
 # (share of the run, turns that dialogues are cut to): short ones first, so that writing and reading find each other
 CURRICULUM = ((0.1, 2), (0.25, 5), (1.0, 16))
+# half of the values are words that no other dialogue has
+FACTS: dict[str, Any] = {"p_open": 0.5, "p_new": 0.5}
 RECIPE: dict[str, Any] = FACT_RECIPE | {
     "max_steps": 1500,
     "warmup_steps": 100,
@@ -48,6 +51,7 @@ class DialogueArguments:
     arm: Arm = field(default="rxt", metadata={"help": "the model with a memory, or what it is compared with"})
     tokens: int = field(default=64, metadata={"help": "a dialogue ends before a longer interaction"})
     tokens_per_step: int = field(default=3072, metadata={"help": "padded tokens of all turns of a step"})
+    facts: int = field(default=0, metadata={"help": "turns of the fact dialogues that every second step is about"})
     dialogues: int | None = field(default=None, metadata={"help": "read so many of each folder only"})
     vocab_size: int = field(default=4096, metadata={"help": "vocabulary of the tokenizer"})
     preset: str = field(default="tiny", metadata={"help": "a name of rxt_hf.presets.PRESETS"})
@@ -74,8 +78,10 @@ class DialogueSteps(Dataset):
         arm: str = "rxt",
         tokens: int = 64,
         tokens_per_step: int = 3072,
+        facts: int = 0,
     ):
         self.arm = arm
+        self.facts = FactDialogues(tokenizer, (steps + 1) // 2, facts, arm, mix=FACTS) if facts else None
         self.steps: list[tuple[Episodes, list[int]]] = []
         for share, turns in CURRICULUM:
             cut = (with_probes(dialogue, turns) for dialogue in dialogues)
@@ -87,6 +93,8 @@ class DialogueSteps(Dataset):
         return len(self.steps)
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        if self.facts is not None and index % 2:
+            return self.facts[index // 2]
         episodes, batch = self.steps[index]
         return list(arranged((episodes[number] for number in batch), self.arm))
 
@@ -118,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
         settings: dict[str, Any] = {**PRESETS[options.preset], **json.loads(options.override or "{}")}
         settings["vocab_size"] = len(tokenizer)
         model = build_model(options.arm, RxTConfig(**settings))
-    choices: dict[str, Any] = {name: getattr(options, name) for name in ("arm", "tokens", "tokens_per_step")}
+    choices: dict[str, Any] = {name: getattr(options, name) for name in ("arm", "tokens", "tokens_per_step", "facts")}
     data = DialogueSteps(tokenizer, dialogues, args.max_steps, **choices)
     train(model, args, data, StepCollator(tokenizer.pad_token_id), CpuBudget(folder, options.cpu_seconds))
 

@@ -18,12 +18,8 @@ the curriculum.
 """
 
 import json
-import math
 import random
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -34,19 +30,16 @@ from transformers import (
     AutoModelForCausalLM,
     HfArgumentParser,
     PreTrainedTokenizerFast,
-    Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..chat_template import encode_interactions, train_tokenizer
 from ..configuration_rxt import RxTConfig
-from ..data.collator import RxTEpisodeCollator
 from ..data.facts import Dialogue, Interaction, corpus_texts, generate_dialogue, open_name
 from ..modeling_rxt import RxTForCausalLM
 from ..presets import PRESETS
 from .arms import Arm, arranged, build_model
+from .loop import SECOND_FALL_FROM, CpuBudget, StepCollator, train
 
 # (share of the run, turns of a dialogue): short dialogues first, so that writing and reading find each other
 CURRICULUM = (
@@ -67,12 +60,12 @@ MIX: dict[str, Any] = {
     "p_chat": 0.08,
     "p_unknown": 0.15,
     "p_open": 0.6,
+    "p_new": 0.0,
 }
 LABELLED_SHARE = 0.3
-# from this share of the run, two steps of five are about names alone: spelling an unknown one takes longest to learn
+# from this share of the run, two steps of five have values out of no list: spelling an unknown one takes longest to
+# learn. They are names, or in one of the two steps, where `p_new` is not 0, values of every attribute
 OPEN_FROM = 4 / 15
-# the learning rate falls twice: from the top to 5 % of it, and for the last fifth of the run from 30 % to 2 %
-SECOND_FALL_FROM = 0.8
 ABOUT = (
     "This model was trained to remember what you tell it about yourself (names, pets, home, work, food, colours, "
     "hobbies, dates, numbers) and to make a little small talk, in English."
@@ -145,7 +138,7 @@ class FactDialogues(Dataset):
         is_long = (step if progress < SECOND_FALL_FROM else step // len(choices)) % 6 == 0
         mix: dict[str, Any] = self.mix | {"p_two": 0.35 if is_long else 0.0}
         if progress >= OPEN_FROM and step % 5 in (1, 3):
-            mix |= {"only_open": True, "p_open": 1.0}
+            mix |= {"p_open": 1.0} | ({"p_new": 1.0} if mix["p_new"] and step % 5 == 3 else {"only_open": True})
         seed, episodes = self.first_seed + step * 10_000, []
         while len(episodes) < max(1, self.turns_per_step // turns):
             dialogue = generate_dialogue(seed, num_turns=turns, **mix)
@@ -174,116 +167,6 @@ def encode_dialogue(tokenizer: PreTrainedTokenizerFast, dialogue: Dialogue) -> d
     """An episode as [`RxTEpisodeCollator`] takes it."""
     turns = dialogue["interactions"]
     return encode_interactions(tokenizer, [turn["query"] for turn in turns], [turn["answer"] for turn in turns])
-
-
-class StepCollator(RxTEpisodeCollator):
-    """A batch of one item, which is a list of episodes."""
-
-    def __call__(self, features):
-        (episodes,) = features
-        return super().__call__(episodes)
-
-
-class MuonAdamW(torch.optim.Optimizer):
-    """
-    `torch.optim.Muon` for the weight matrices inside the layers, `torch.optim.AdamW` for everything else, as one
-    optimizer with one learning rate (Muon's updates are scaled to the size of AdamW's).
-    """
-
-    def __init__(self, model: torch.nn.Module, args: TrainingArguments):
-        matrices, others = [], []
-        for name, parameter in model.named_parameters():
-            is_matrix = parameter.dim() == 2 and "layers." in name and name.endswith("weight")
-            (matrices if is_matrix else others).append(parameter)
-        self.inner = [
-            torch.optim.Muon(
-                matrices, lr=args.learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
-            ),
-            torch.optim.AdamW(
-                others, lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), weight_decay=0.0, fused=True
-            ),
-        ]
-        super().__init__(matrices + others, {})
-        self.param_groups = [group for inner in self.inner for group in inner.param_groups]
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for inner in self.inner:
-            inner.step()
-
-    def state_dict(self) -> dict:
-        return {"inner": [inner.state_dict() for inner in self.inner]}
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        for inner, state in zip(self.inner, state_dict["inner"], strict=True):
-            inner.load_state_dict(state)
-        self.param_groups = [group for inner in self.inner for group in inner.param_groups]
-
-
-def learning_rate_factor(step: int, steps: int, warmup_steps: int) -> float:
-    """Share of the top learning rate at a step: a warm-up and two half cosines, see `SECOND_FALL_FROM`."""
-    turn = SECOND_FALL_FROM * steps
-    if step < warmup_steps:
-        return step / max(1, warmup_steps)
-    if step < turn:
-        start, end, progress = 1.0, 0.05, (step - warmup_steps) / max(1, turn - warmup_steps)
-    else:
-        start, end, progress = 0.3, 0.02, (step - turn) / max(1, steps - turn)
-    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-class CpuBudget(TrainerCallback):
-    """Counts the CPU seconds of the first process over all resumed runs, and stops a run that has used them up."""
-
-    def __init__(self, folder: Path, limit: float | None):
-        self.path, self.limit = folder / "cpu_seconds.txt", limit
-        self.before = float(self.path.read_text()) if self.path.exists() else 0.0
-        self.start = time.process_time()
-
-    def seconds(self) -> float:
-        return self.before + time.process_time() - self.start
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            self.path.write_text(f"{self.seconds():.1f}")
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.limit is not None and self.seconds() > self.limit:
-            control.should_save = control.should_training_stop = True
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs is not None:
-            logs["cpu_seconds"] = round(self.seconds(), 1)
-
-
-def train(
-    model: Any,
-    args: TrainingArguments,
-    data: Dataset,
-    collator: Callable,
-    budget: CpuBudget,
-    *,
-    factor: Callable[..., float] = learning_rate_factor,
-    trainer_class: type[Trainer] = Trainer,
-) -> Trainer:
-    """Trains to the end with [`MuonAdamW`], or on from the last checkpoint in `args.output_dir`, and saves there."""
-    if args.use_cpu:
-        # at these sizes plain matrix products in bfloat16 are the fastest attention there
-        model.set_attn_implementation("eager")
-    optimizer = MuonAdamW(model, args)
-    rate = partial(factor, steps=args.max_steps, warmup_steps=int(args.warmup_steps))
-    trainer = trainer_class(
-        model=model,
-        args=args,
-        train_dataset=data,
-        data_collator=collator,
-        callbacks=[budget],
-        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)),
-    )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(args.output_dir)))
-    trainer.save_model()
-    trainer.save_state()
-    return trainer
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -32,7 +32,7 @@ from ..data.readers import encode_turns
 from ..data.tasks import TASKS
 from ..evaluation.speed import environment
 from ..modeling_rxt import RxTForCausalLM
-from .fact_dialogues import CpuBudget, train
+from .loop import CpuBudget, train
 
 # what the size of an episode of a task says, as arguments of its generator; of the others: the number of questions
 SIZES: dict[str, Any] = {

@@ -49,7 +49,7 @@ from ..data.readers import Episodes, bucket_by_turns, endless_batches
 from ..evaluation.memory import DISTANCES, Memory, recalled_at, sampled, token_losses
 from ..evaluation.speed import environment
 from ..modeling_rxt import RxTForCausalLM
-from .fact_dialogues import CpuBudget
+from .loop import CpuBudget
 
 RECIPE: dict[str, Any] = {
     "max_steps": 600,

@@ -28,6 +28,7 @@ DIALOGUES = {4: 400, 8: 200, 16: 120, 32: 60, 64: 40}
 ARMS = ("first_run", "full_history", "current_turn")
 CASES = [("seen", turns) for turns in (8, 16, 32, 64)]
 CASES += [("unseen", 8), ("unseen", 16), ("unseen", 32), ("open", 4), ("open", 8), ("open", 16)]
+CASES += [("new", 4), ("new", 8), ("new", 16)]
 
 
 def measure(model, tokenizer, share: float, *, full_history: bool = False, cases=CASES, control="none") -> dict:
@@ -100,6 +101,7 @@ def table(report: dict) -> str:
         line("facts of trained pairs", split("rxt", "seen")),
         line("pairs of attribute and value never trained together", split("rxt", "unseen")),
         line("names never seen in training", split("rxt", "open")),
+        line("jobs, towns, food ... never seen in training", split("rxt", "new")),
         line("stale answers about overwritten facts", split("rxt", "seen"), "stale"),
         line('"You have not told me that yet." where it is due', split("rxt", "seen"), "abstention"),
         line("with another dialogue's memory", split("other_memory", "seen")),

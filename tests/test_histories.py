@@ -15,10 +15,12 @@ from torch.nn import functional as F
 
 from rxt_hf import RxTConfig
 from rxt_hf.chat_template import train_tokenizer
+from rxt_hf.data.facts import corpus_texts
 from rxt_hf.evaluation.histories import evaluate_history, history_losses, history_probes
 from rxt_hf.evaluation.memory import Dialogues
 from rxt_hf.training.arms import ARMS, SLIDING_WINDOW, build_model
-from rxt_hf.training.dialogues import CURRICULUM, DialogueSteps, main, with_probes
+from rxt_hf.training.dialogues import CURRICULUM, FACTS, DialogueSteps, main, with_probes
+from rxt_hf.training.fact_dialogues import FactDialogues
 
 from .models import SIZES, close
 from .reference_rxt import randomize
@@ -139,6 +141,18 @@ def test_steps_are_the_same_for_every_arm_and_start_with_short_dialogues(tokeniz
     assert max(longest[: round(CURRICULUM[0][0] * 30)]) == 3 and max(longest) == 9
     again = DialogueSteps(tokenizer, dialogues, 30, tokens_per_step=400)
     assert [again[number] for number in range(30)] == [data["rxt"][number] for number in range(30)]
+
+
+def test_every_second_step_can_be_about_facts_the_same_for_every_arm():
+    tokenizer = train_tokenizer(corpus_texts(300), vocab_size=1500, max_length=256)
+    plain = DialogueSteps(tokenizer, DIALOGUES * 4, 10)
+    steps = {arm: DialogueSteps(tokenizer, DIALOGUES * 4, 10, arm=arm, facts=16) for arm in ("rxt", "current_turn")}
+    assert [steps["rxt"][number] for number in range(0, 10, 2)] == [plain[number] for number in range(0, 10, 2)]
+    facts = FactDialogues(tokenizer, 5, 16, mix=FACTS)
+    assert [steps["rxt"][number] for number in range(1, 10, 2)] == [facts[number] for number in range(5)]
+    for number in range(10):
+        turns = [turn for episode in steps["rxt"][number] for turn in episode["input_ids"]]
+        assert [row["input_ids"] for row in steps["current_turn"][number]] == turns
 
 
 def test_dialogues_without_anything_to_learn_are_refused(tokenizer):

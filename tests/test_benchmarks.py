@@ -259,6 +259,39 @@ def test_what_is_said_of_real_dialogues_is_what_was_measured():
     assert f"{report['arms']['full_history:equal_compute']['training_steps']:,}) on the same tokens" in page
 
 
+def test_longer_runs_on_real_dialogues_are_shown_as_they_were_measured():
+    report, module = json.loads((RESULTS / "dialogues_longer.json").read_text()), script("dialogues")
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    assert all(module.table(report, source) in page for source in ("sgd", "star"))
+    arms, page = report["arms"], " ".join(page.split())
+    assert {arm["training_steps"] for arm in arms.values()} == {8000}
+    assert f"the RxT ({arms['rxt']['parameters']:,} parameters)" in page
+    assert f"the Llamas {arms['current_turn']['parameters']:,}" in page
+    assert {arm["parameters"] for name, arm in arms.items() if name != "rxt"} == {arms["current_turn"]["parameters"]}
+    assert 1.0 < arms["current_turn"]["parameters"] / arms["rxt"]["parameters"] < 1.07
+
+    def figure(name, arm, source, memory="own"):
+        return arms[arm]["sources"][source][memory][name]["all"][0]
+
+    pairs = [
+        (figure(name, "rxt", source), figure(name, "current_turn", source))
+        for name, source in (
+            ("recall_loss", "sgd"),
+            ("recall_loss", "star"),
+            ("answer_perplexity", "star"),
+            ("answer_perplexity", "sgd"),
+        )
+    ]
+    assert [ours < theirs for ours, theirs in pairs] == [True, True, True, False]
+    words = [f"{ours:.2f} against {theirs:.2f}" for ours, theirs in pairs]
+    sentence = "{} nats on SGD, {} on STAR; so do STAR's answers (perplexity {}), and SGD's not yet ({})."
+    assert sentence.format(*words) in page
+    others = [figure("recall_loss", "rxt", source, "shuffled") for source in ("sgd", "star")]
+    assert "those words cost {:.2f} and {:.2f} nats".format(*others) in page
+    far = {source: module.far_probes(arms["rxt"]["sources"][source]["own"]["probes"]) for source in report["floors"]}
+    assert all(share < 2 * report["floors"][source]["3+"] for source, share in far.items())
+
+
 def test_options_are_shown_as_they_were_measured():
     report = json.loads((RESULTS / "options.json").read_text())
     module, page = script("options"), (ROOT / "benchmarks" / "README.md").read_text()

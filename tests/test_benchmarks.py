@@ -304,6 +304,16 @@ def test_longer_runs_on_real_dialogues_are_shown_as_they_were_measured():
     assert sentence.format(*words) in page
     others = [figure("recall_loss", "rxt", source, "shuffled") for source in ("sgd", "star")]
     assert "those words cost {:.2f} and {:.2f} nats".format(*others) in page
+    full = [
+        figure(name, "full_history", source)
+        for source in ("sgd", "star")
+        for name in ("answer_perplexity", "recall_loss")
+    ]
+    assert "has {:.2f} and {:.2f} on SGD, {:.2f} and {:.2f} on STAR".format(*full) in page
+    copied = [
+        module.far_probes(arms["full_history"]["sources"][source]["own"]["probes"]) for source in ("sgd", "star")
+    ]
+    assert "and answers {:.3f} and {:.3f} of the probes".format(*copied) in page
     far = {source: module.far_probes(arms["rxt"]["sources"][source]["own"]["probes"]) for source in report["floors"]}
     assert all(share < 2 * report["floors"][source]["3+"] for source, share in far.items())
 

@@ -75,7 +75,7 @@ def test_baselines_are_shown_as_they_were_measured(fact_recall):
     sizes = [report[arm]["parameters"] for arm in (*fact_recall.ARMS, "rxt")]
     assert max(sizes) <= 1.02 * min(sizes)
     more = report["rxt"]["training_cpu_seconds"] - report["first_run"]["training_cpu_seconds"]
-    assert f"{more:,.0f} CPU seconds" in text
+    assert f"{more:,.0f} CPU seconds" in text and f"{more:,.0f} CPU seconds" in readme
 
 
 def test_card_shows_training_losses_ranks_and_perplexities_as_they_were_measured():
@@ -87,6 +87,11 @@ def test_card_shows_training_losses_ranks_and_perplexities_as_they_were_measured
         assert len(losses) == 10 and f"| training loss | {' | '.join(losses)} |" in card
         assert f"{run['cpu_seconds']:,.0f} CPU seconds" in card and f"{run['steps']:,} steps" in card
     rxt = json.loads((RESULTS / "fact_recall.json").read_text())["rxt"]
+    wrong = {
+        (row["split"], row["turns"]): round(1 / (1 - row["recall"])) for row in rxt["recall"] if row["recall"] < 1
+    }
+    assert [wrong["open", 4], wrong["new", 8], wrong["new", 16]] == [18, 10, 7]
+    assert "one unknown name in eighteen" in card and "one in ten at 8 turns and one in seven at 16" in card
     for turns, (first, second) in rxt["effective_rank_by_turn"].items():
         assert f"{first:.1f} and {second:.1f} after {turns} turns" in card
     for turns, perplexity in rxt["answer_perplexity"].items():
@@ -119,7 +124,7 @@ def test_what_preferences_change_is_shown_as_it_was_measured():
     figures = [f"{rows['seen', 32]['stale']:.3f}" for rows in (before, after)]
     figures += [f"{rows['open', 8]['recall']:.3f}" for rows in (before, after)]
     sentence = (
-        "DPO takes stale answers in 32 turns from {} to {} and costs a little recall of unknown names, {} to {};"
+        "DPO takes stale answers in 32 turns from {} to {} and costs a little recall of unknown names, {} to {}."
     )
     page = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
     assert sentence.format(*figures) in page
@@ -141,7 +146,7 @@ def test_what_rewards_change_is_shown_as_it_was_measured():
     for words, case in {
         "in 32 turns {:.3f} are right before and {:.3f} after": ("recall", True, "seen", 32),
         "in 16 turns {:.3f} and {:.3f}": ("recall", True, "seen", 16),
-        "greedy answers stay ({:.3f} and {:.3f} in 32 turns)": ("recall", False, "seen", 32),
+        "greedy answers do not gain ({:.3f} and {:.3f} in 32 turns)": ("recall", False, "seen", 32),
         "(sampled, 8 turns: {:.3f} and {:.3f})": ("recall", True, "open", 8),
         "(sampled, 32 turns: {:.3f} and {:.3f})": ("abstention", True, "seen", 32),
     }.items():
@@ -314,6 +319,8 @@ def test_longer_runs_on_real_dialogues_are_shown_as_they_were_measured():
         module.far_probes(arms["full_history"]["sources"][source]["own"]["probes"]) for source in ("sgd", "star")
     ]
     assert "and answers {:.3f} and {:.3f} of the probes".format(*copied) in page
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"real dialogues for {arms['rxt']['training_cpu_seconds'] / 60:.0f} minutes of a core" in readme
     far = {source: module.far_probes(arms["rxt"]["sources"][source]["own"]["probes"]) for source in report["floors"]}
     assert all(share < 2 * report["floors"][source]["3+"] for source, share in far.items())
 

@@ -26,12 +26,7 @@ from typing import Any, cast
 
 import torch
 from torch.utils.data import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    HfArgumentParser,
-    PreTrainedTokenizerFast,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerFast, TrainingArguments
 
 from ..chat_template import encode_interactions, train_tokenizer
 from ..configuration_rxt import RxTConfig

@@ -1,5 +1,5 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
-"""What the recipes that train small models on one CPU core have in common: `train`, and the parts of it."""
+"""What the recipes that train small models have in common: `train`, and the parts of it."""
 
 import math
 import time

@@ -117,6 +117,16 @@ def test_the_new_split_tells_values_of_other_attributes_that_no_list_and_no_trai
         assert value.endswith("s") or kind != "animal"
 
 
+def test_a_made_up_value_is_none_of_the_listed_ones_nor_a_real_word_of_the_tests(monkeypatch):
+    rng = Random(0)
+    numbers = {facts.new_value(rng, "number", "train") for _ in range(3000)}
+    assert len(numbers) > 500 and not numbers & set(facts.VALUES["number"])
+    names = iter(["Bat", "Owl", "Rat", "Mido"])
+    monkeypatch.setattr(facts, "open_name", lambda rng, split: next(names))
+    # bats and owls are listed, rats are for the tests
+    assert facts.new_value(rng, "animal", "train") == "midos"
+
+
 def test_training_can_tell_values_out_of_no_list_but_no_held_out_pair_and_leaves_the_dialogues_as_they_are_without():
     assert turns_of("train", 50) == turns_of("train", 50, p_new=0.0)
     pairs = [pair for turn in turns_of("train", 2000, num_turns=16, p_new=0.5) for pair in told(turn)]

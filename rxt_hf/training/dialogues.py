@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerFast, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ..chat_template import train_tokenizer
 from ..configuration_rxt import RxTConfig
@@ -28,7 +28,7 @@ from ..presets import PRESETS
 from .arms import Arm, arranged, build_model
 from .fact_dialogues import RECIPE as FACT_RECIPE
 from .fact_dialogues import FactDialogues
-from .loop import CpuBudget, StepCollator, train
+from .loop import CpuBudget, StepCollator, parse, train
 
 # (share of the run, turns that dialogues are cut to): short ones first, so that writing and reading find each other
 CURRICULUM = ((0.1, 2), (0.25, 5), (1.0, 16))
@@ -106,11 +106,7 @@ def texts(dialogues: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(cast("Any", (DialogueArguments, TrainingArguments)))
-    parser.set_defaults(**RECIPE)
-    options, args = cast("tuple[DialogueArguments, TrainingArguments]", parser.parse_args_into_dataclasses(argv))
-    if args.world_size > 1:
-        raise ValueError(f"The recipe runs in one process, got {args.world_size}.")
+    options, args = parse(DialogueArguments, RECIPE, argv, one_process=True)
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     dialogues = list(chain.from_iterable(sampled(path, "train", options.dialogues) for path in options.data))

@@ -22,11 +22,11 @@ import random
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerFast, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ..chat_template import encode_interactions, train_tokenizer
 from ..configuration_rxt import RxTConfig
@@ -34,7 +34,7 @@ from ..data.facts import Dialogue, Interaction, corpus_texts, generate_dialogue,
 from ..modeling_rxt import RxTForCausalLM
 from ..presets import PRESETS
 from .arms import Arm, arranged, build_model
-from .loop import SECOND_FALL_FROM, CpuBudget, StepCollator, train
+from .loop import SECOND_FALL_FROM, CpuBudget, StepCollator, parse, train
 
 # (share of the run, turns of a dialogue): short dialogues first, so that writing and reading find each other
 CURRICULUM = (
@@ -165,9 +165,7 @@ def encode_dialogue(tokenizer: PreTrainedTokenizerFast, dialogue: Dialogue) -> d
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(cast("Any", (FactDialogueArguments, TrainingArguments)))
-    parser.set_defaults(**RECIPE)
-    options, args = cast("tuple[FactDialogueArguments, TrainingArguments]", parser.parse_args_into_dataclasses(argv))
+    options, args = parse(FactDialogueArguments, RECIPE, argv)
     if options.cpu_seconds is not None and args.world_size > 1:
         raise ValueError("cpu_seconds would stop one process before the others: use max_steps.")
     folder = Path(str(args.output_dir))

@@ -6,17 +6,30 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.collator import RxTEpisodeCollator
 
 # the learning rate falls twice: from the top to 5 % of it, and for the last fifth of the run from 30 % to 2 %
 SECOND_FALL_FROM = 0.8
+Options = TypeVar("Options")
+
+
+def parse(
+    options_class: type[Options], defaults: dict[str, Any], argv: list[str] | None, *, one_process: bool = False
+) -> tuple[Options, TrainingArguments]:
+    """A recipe's options and those of `Trainer`, of which the recipe says the `defaults`, from a command line."""
+    parser: Any = HfArgumentParser(cast("Any", (options_class, TrainingArguments)))
+    parser.set_defaults(**defaults)
+    options, args = parser.parse_args_into_dataclasses(argv)
+    if one_process and args.world_size > 1:
+        raise ValueError(f"The recipe runs in one process, got {args.world_size}.")
+    return options, args
 
 
 class StepCollator(RxTEpisodeCollator):

@@ -23,7 +23,7 @@ from typing import Any, cast
 import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import HfArgumentParser, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, Trainer
 
 from ..chat_template import train_tokenizer
 from ..configuration_rxt import RxTConfig
@@ -32,7 +32,7 @@ from ..data.readers import encode_turns
 from ..data.tasks import TASKS
 from ..evaluation.speed import environment
 from ..modeling_rxt import RxTForCausalLM
-from .loop import CpuBudget, train
+from .loop import CpuBudget, parse, train
 
 # what the size of an episode of a task says, as arguments of its generator; of the others: the number of questions
 SIZES: dict[str, Any] = {
@@ -239,14 +239,10 @@ def stories(tasks: list[str], number: int = 2000) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = HfArgumentParser(cast("Any", (MemoryTaskArguments, TrainingArguments)))
-    parser.set_defaults(**RECIPE)
-    options, args = cast("tuple[MemoryTaskArguments, TrainingArguments]", parser.parse_args_into_dataclasses(argv))
+    options, args = parse(MemoryTaskArguments, RECIPE, argv, one_process=True)
     unknown = [task for task in options.tasks if task not in TASKS]
     if unknown:
         raise ValueError(f"There is no task {unknown[0]!r}; the tasks are {', '.join(TASKS)}.")
-    if args.world_size > 1:
-        raise ValueError(f"The recipe runs in one process, got {args.world_size}.")
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     arguments = json.loads(options.generator or "{}")

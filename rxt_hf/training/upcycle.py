@@ -26,7 +26,7 @@ from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
 from random import Random
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch.nn import functional as F
@@ -35,7 +35,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    HfArgumentParser,
     PreTrainedTokenizerFast,
     TorchAoConfig,
     Trainer,
@@ -49,7 +48,7 @@ from ..data.readers import Episodes, bucket_by_turns, endless_batches
 from ..evaluation.memory import DISTANCES, Memory, recalled_at, sampled, token_losses
 from ..evaluation.speed import environment
 from ..modeling_rxt import RxTForCausalLM
-from .loop import CpuBudget
+from .loop import CpuBudget, parse
 
 RECIPE: dict[str, Any] = {
     "max_steps": 600,
@@ -342,12 +341,8 @@ def optimizer_of(model: torch.nn.Module, options: UpcycleArguments, args: Traini
 def main(argv: list[str] | None = None) -> None:
     from peft import PeftModel, get_peft_model
 
-    parser = HfArgumentParser(cast("Any", (UpcycleArguments, TrainingArguments)))
-    parser.set_defaults(**RECIPE)
-    options, args = cast("tuple[UpcycleArguments, TrainingArguments]", parser.parse_args_into_dataclasses(argv))
-    if args.world_size > 1:
-        # what computes the loss is not the model's forward, where DDP would reduce its gradients
-        raise ValueError(f"The recipe runs in one process, got {args.world_size}.")
+    # what computes the loss is not the model's forward, where DDP would reduce its gradients
+    options, args = parse(UpcycleArguments, RECIPE, argv, one_process=True)
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer: Any = AutoTokenizer.from_pretrained(options.model)

@@ -137,6 +137,61 @@ def test_training_can_tell_values_out_of_no_list_but_no_held_out_pair_and_leaves
     assert all(value in listed for name, value in pairs if ATTRIBUTES[name].value_type in ("month", "weekday"))
 
 
+def asked_and_told(turns):
+    """What is said of facts, without the values, in lower case and without apostrophes and points."""
+    found = []
+    for turn in turns:
+        text = turn["query"]
+        for value in [turn["value"], *(value for _, value in turn["also"])]:
+            text = text if value is None else re.sub(rf"(an? )?(?<!\w){re.escape(value)}(?!\w)", "{v}", text)
+        found.append(text.lower().replace("'", "").rstrip(".?!"))
+    return found
+
+
+def test_every_attribute_has_casual_phrases_of_its_own_of_which_one_statement_and_one_question_are_for_tests():
+    owners = {text: a.name for a in ATTRIBUTES.values() for text in a.questions + a.noun_phrases + a.statements}
+    for is_test, phrases in facts._CASUAL.items():
+        assert phrases.keys() == ATTRIBUTES.keys()
+        for name, (statements, questions) in phrases.items():
+            sizes = (len(statements), len(questions))
+            assert sizes == (1, 1) if is_test else min(sizes) > 1
+            for text in statements + questions:
+                # a town or a month
+                assert owners.setdefault(text, name) == name or text == "I was born in {v}."
+            assert all(re.search(r"{a?v}", text) for text in statements) and not any("{" in text for text in questions)
+
+
+def test_training_has_no_casual_phrase_of_the_tests_and_test_dialogues_have_no_other():
+    held, trained = (
+        {
+            text.lower().replace("'", "").replace("{av}", "{v}").rstrip(".?!"): name
+            for name, lists in found.items()
+            for texts in lists
+            for text in texts
+        }
+        for found in (facts._CASUAL[True], facts._CASUAL[False])
+    )
+    # a question whose words another phrase of the same dialogue contains is still one of its own
+    training = asked_and_told(turns_of("train", 600, num_turns=16, p_casual=1.0, p_two=0.3))
+    whole = [re.sub(r"^.*?(?:! |\. |, |: )", "", text) for text in training]
+    assert not held.keys() & {*training, *whole}
+    assert len(trained.keys() - {*training, *whole}) < 0.05 * len(trained)
+    tests = [turn for turn in turns_of("seen", 100, num_turns=16, p_casual=1.0, p_two=0.0) if turn["kind"] == "ask"]
+    assert all(any(text.endswith(phrase) for phrase in held) for text in asked_and_told(tests))
+
+
+def test_casual_dialogues_tell_no_test_value_and_are_off_by_default():
+    assert turns_of("train", 50) == turns_of("train", 50, p_casual=0.0) != turns_of("train", 50, p_casual=0.5)
+    turns = turns_of("train", 1000, num_turns=16, p_casual=1.0, p_new=0.5)
+    assert not HELD_OUT_PAIRS & {pair for turn in turns for pair in told(turn)}
+    text = " ".join(turn[side] for turn in turns for side in ("query", "answer"))
+    words = set(re.findall(r"\w+", text.lower()))
+    assert not words & {name.lower() for names in (OPEN_REAL_NAMES, *facts.NEW_REAL_VALUES.values()) for name in names}
+    beyond = {turn["query"] for turn in turns if turn["answer"] == facts.BEYOND_ANSWER}
+    assert any(re.fullmatch(r"What is \d+ plus \d+\?", query) for query in beyond)
+    assert not any("{" in turn["query"] for turn in turns)
+
+
 def test_the_seen_split_uses_training_pairs_and_the_unseen_split_asks_held_out_ones():
     trained = set(facts.value_pairs()) - HELD_OUT_PAIRS
     assert {pair for turn in turns_of("seen") for pair in told(turn)} <= trained

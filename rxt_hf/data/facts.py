@@ -342,9 +342,219 @@ _CHAT_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Wait a moment.|One second, please.|Give me a minute.|I will be right back.", ("Take your time.",)),
     ("What do you think?|Do you agree?|Is that a good idea?", ("I think that is a good idea.",)),
 )
+
+# Phrases as people type them, by attribute: statements, questions. Training never sees the last of
+# each list: test dialogues have no other.
+_NAMED_CASUAL = (
+    "I've got a {s} called {v}.|Our {s} is called {v}.|The {s} is called {v}.|My {s} is {v}.|My {s}'s called {v}.",
+    "How is my {s} called?|What was my {s}'s name?|What was the name of my {s}?|What's my {s} called?"
+    "|What's the name of my {s}?",
+)
+_COLOUR_CASUAL = (
+    "My {s}'s colour is {v}.|We painted our {s} {v}.|I bought {av} {s}.|I've got {av} {s}.|The {s} is {v}."
+    "|The color of my {s} is {v}.",
+    "What color is my {s}?|What's the colour of my {s}?|What colour was my {s}?|Is my {s} blue or red?"
+    "|What's the color of my {s}?",
+)
+_CHILD_CASUAL = (
+    "My {s} likes {v}.|My {s} does {v}.|My {s} is a fan of {v}.|My {s}'s favourite hobby is {v}."
+    "|My {s} does a lot of {v}.",
+    "What does my {s} like?|What is the hobby of my {s}?|What's my {s}'s hobby?|What is my {s} into?"
+    "|What does my {s} do in the free time?",
+)
+_NUMBER_CASUAL = (
+    "I chose {v} as my {s}.|{v} is my {s}.|My {s} is number {v}.|My {s}: {v}.|The {s} is {v}.",
+    "What number is my {s}?|What was my {s}?|What is the {s}?|What's the {s}?",
+)
+_WORD_CASUAL = (
+    "My {s}: {v}.|The {s} for today is {v}.|The {s} is the word {v}.|My {s} is the word {v}.|{v} is my {s}.",
+    "What was my {s}?|Tell me the {s}.|What did I choose as my {s}?|What's the {s}?|Say the {s}.",
+)
+_CASUAL_GROUPS: dict[str, tuple[str, str]] = {
+    "name": (
+        "I'm {v}.|This is {v}.|{v} is my name.|My friends call me {v}.|Call me {v}.|The name is {v}.|My name's {v}."
+        "|{v} here.|They call me {v}.",
+        "What's my name again?|What was my name?|Say my name.|How am I called?|Do you know who I am?"
+        "|Who am I again?|What is my name again?|Can you say my name?"),
+    **dict.fromkeys(("sister", "brother", "friend", "boss", "neighbour", "teacher"), (
+        "I have a {s}, {v}.|My {s} {v} is nice.|" + _NAMED_CASUAL[0], "Who's my {s}?|" + _NAMED_CASUAL[1])),
+    **dict.fromkeys(("dog", "cat", "horse"), (
+        "I got a {s} named {v}.|My {s} {v} is asleep.|{v} is my {s}.|" + _NAMED_CASUAL[0], _NAMED_CASUAL[1])),
+    **dict.fromkeys(("project", "boat", "team"), (
+        "I started a {s} called {v}.|" + _NAMED_CASUAL[0], _NAMED_CASUAL[1])),
+    **dict.fromkeys(("street", "village"), (
+        "I live in a {s} called {v}.|The {s} I live in is {v}.|" + _NAMED_CASUAL[0], _NAMED_CASUAL[1])),
+    **dict.fromkeys(("password", "code_word"), _WORD_CASUAL),
+    "home_city": (
+        "I'm from {v}.|I'm living in {v}.|I'm based in {v}.|My house is in {v}.|I have an apartment in {v}."
+        "|My hometown is {v}.|I am from {v}.|I live in the city of {v}.|We're from {v}.|My apartment is in {v}.",
+        "Where am I from?|What is my city?|What city do I live in?|Where do we live?|What's my hometown?"
+        "|Where's my home?|What city am I from?|Which city am I from?|What is my hometown?|Where am I living?"),
+    "birth_city": (
+        "I was born and raised in {v}.|My birth city is {v}.|The city I was born in is {v}.",
+        "What city was I born in?|Where was I born and raised?|What's my birthplace?"
+        "|Do you know which city I was born in?"),
+    "work_city": (
+        "I'm working in {v}.|My workplace is in {v}.|The company I work for is in {v}.|Our office is in {v}.",
+        "Where is my workplace?|What city do I work in?|Where's my office?|Where am I working?"),
+    "holiday_city": (
+        "I'm going on holiday to {v}.|I'm travelling to {v}.|My vacation is in {v}.|I'm flying to {v} soon."
+        "|We are going to {v} on vacation.|I'm going to {v} on holiday.",
+        "Where am I travelling to?|Where am I flying to?|Where is my vacation?|Where do I go on holiday?"
+        "|Where's my next holiday?|Where am I going on vacation?"),
+    "favourite_colour": (
+        "My favorite color is {v}.|I really like the colour {v}.|I love the colour {v}.|My favourite color is {v}."
+        "|I love the color {v}.",
+        "What is my favorite color?|What's my favorite color?|What colour do I like?|Which colour is my favourite?"
+        "|What color do I like best?|Which color do I love?|What color do I like?"),
+    **dict.fromkeys(("car_colour", "door_colour", "bike_colour"), _COLOUR_CASUAL),
+    "favourite_food": (
+        "I like {v}.|I like eating {v}.|I like to eat {v}.|My favorite food is {v}.|I love to eat {v}."
+        "|I really like {v}.|My favourite dish is {v}.|I'd eat {v} every day.",
+        "What do I like to eat?|What food do I like?|What is my favorite food?|What's my favorite food?"
+        "|Which food do I love?|What do I like eating?|Do you know what I like to eat?|What do I like?"
+        "|What is my favourite dish?"),
+    "disliked_food": (
+        "I don't like {v}.|I hate {v}.|I really don't like {v}.|I dislike {v}.|I don't eat {v}."
+        "|I don't like eating {v}.",
+        "What don't I like?|What food do I hate?|What do I hate eating?|Which food do I dislike?|What don't I eat?"
+        "|What do I hate?"),
+    "dinner": (
+        "I'm cooking {v} tonight.|I'm making {v} for dinner.|Dinner tonight is {v}.|We're having {v} tonight."
+        "|Tonight I'm cooking {v}.",
+        "What's for dinner?|What am I making for dinner?|What's for dinner tonight?|What do we eat tonight?"
+        "|What is for dinner?"),
+    "morning_drink": (
+        "In the morning I drink {v}.|I need {v} in the morning.|I always drink {v} in the morning."
+        "|I drink {v} for breakfast.|In the mornings I have {v}.",
+        "What do I drink in the mornings?|What do I need in the morning?|What do I drink for breakfast?"
+        "|What do I always drink in the morning?"),
+    "evening_drink": (
+        "In the evening I drink {v}.|I always drink {v} in the evening.|I drink {v} at night."
+        "|In the evenings I have {v}.",
+        "What do I drink in the evenings?|What do I drink at night?|What do I always drink in the evening?"),
+    "job": (
+        "I'm {av}.|I'm working as {av}.|My profession is {v}.|I have a job as {av}."
+        "|I work as {av} in a small company.|My job is {v}.|I am working as {av}.|I'm {av} by profession.",
+        "What do I do?|What's my profession?|What is my occupation?|How do I earn my living?"
+        "|What am I by profession?|What's my occupation?|What job do I have?|Which job do I have?"),
+    "partner_job": (
+        "My partner's {av}.|My partner is working as {av}.|My partner's job is {v}.|My partner has a job as {av}.",
+        "What is my partner's profession?|What is my partner working as?|What's my partner's job?"
+        "|What job does my partner have?"),
+    "dream_job": (
+        "I'd like to be {av}.|I would love to become {av}.|My dream job is {v}.|I hope to be {av} one day."
+        "|I want to be {av}.|I'd love to be {av}.",
+        "What would I like to be?|What do I want to be?|What job do I dream of?|What do I hope to be?"
+        "|What would I like to become?"),
+    "hobby": (
+        "I love doing {v}.|I spend my free time on {v}.|I really enjoy {v}.|I enjoy {v}.|I'm into {v}."
+        "|I do a lot of {v}.|My hobbies are {v}.",
+        "What do I enjoy?|What are my hobbies?|What's my favourite hobby?|What do I like to do?|What am I into?"
+        "|What do I enjoy in my free time?|What do I like doing?"),
+    **dict.fromkeys(("daughter_hobby", "son_hobby"), _CHILD_CASUAL),
+    "instrument": (
+        "I can play the {v}.|I'm playing the {v}.|I'm learning the {v}.|I play {v}.|I'm learning to play the {v}.",
+        "What do I play?|Which instrument am I learning?|What instrument am I learning?|What can I play?"
+        "|Which instrument can I play?"),
+    "cousin_instrument": (
+        "My {s} can play the {v}.|My {s} plays {v}.|My {s}'s playing the {v}.|My {s} likes to play the {v}.",
+        "Which instrument can my {s} play?|What's my {s}'s instrument?|What can my {s} play?"),
+    "birthday_month": (
+        "I was born in {v}.|My birthday's in {v}.|I have a birthday in {v}.|My birth month is {v}."
+        "|It's my birthday in {v}.",
+        "When was I born?|When's my birthday?|What month is my birthday in?|Which month was I born in?"
+        "|In which month was I born?|When do I have my birthday?"),
+    "wedding_month": (
+        "I'm getting married in {v}.|Our wedding is in {v}.|We're getting married in {v}.|I'll marry in {v}.",
+        "When is our wedding?|When do I marry?|What month is my wedding in?|When's my wedding?"
+        "|When are we getting married?"),
+    "gym_day": (
+        "I go to the gym every {v}.|I work out on {v}.|I train on {v}.|I'm at the gym on {v}.|I do sports on {v}.",
+        "When do I train?|What day do I go to the gym?|When do I work out?|Which day do I go to the gym?"
+        "|When am I at the gym?"),
+    "dentist_day": (
+        "I have a dentist appointment on {v}.|I'm seeing the dentist on {v}.|I'm going to the dentist on {v}."
+        "|I've got an appointment with the dentist on {v}.",
+        "When do I have to go to the dentist?|What day is my dentist appointment?|When's my dentist appointment?"
+        "|Which day do I see the dentist?|When am I seeing the dentist?"),
+    **dict.fromkeys(("house_number", "lucky_number"), _NUMBER_CASUAL),
+    "learning_language": (
+        "I'm learning {v}.|I'm studying {v}.|I want to learn {v}.|I take {v} lessons.|I am studying {v}.",
+        "What language am I studying?|Which language do I study?|Which language do I want to learn?"
+        "|What language do I learn?"),
+    "home_language": (
+        "I speak {v}.|My mother tongue is {v}.|My native language is {v}.|We talk in {v} at home.|My language is {v}.",
+        "Which language do I speak?|What language do I speak?|What is my mother tongue?|What's my native language?"
+        "|What do we speak at home?|What is my native language?"),
+    "favourite_animal": (
+        "I love {v}.|My favorite animals are {v}.|I think {v} are great.|The best animals are {v}.|I'm a fan of {v}.",
+        "What are my favorite animals?|Which animals do I like?|What animals do I like?|What's my favourite animal?"
+        "|Which animal do I like best?|What animals do I love?"),
+    "feared_animal": (
+        "I'm afraid of {v}.|I'm scared of {v}.|I'm really scared of {v}.|I am terrified of {v}.",
+        "What do I fear?|What scares me?|What animals am I afraid of?|What animals scare me?"
+        "|Which animals do I fear?"),
+}
+_CASUAL_PREFIXES = _choices(
+    "Hi! |Hello! |Hi, |Hello, |Hey, |Hey! |Hi there! |Good morning! |You know, |Remember: |Remember that "
+    "|Let me tell you: |I want you to know that |Did you know that |Okay, |Yes, |Thanks. |Nice to meet you. "
+)
+_CASUAL_ASK_PREFIXES = _choices(
+    "Okay, |And |Hi! |Hello, |Now, |Right, |Well, |Good. |Great, |Please, |Thanks. |Do you remember: "
+)
+# what no attribute is about is taken note of, or is beyond the demo
+BEYOND_ANSWER = "That is beyond me, I am a small model."
+_CASUAL_CHAT_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("What time is it?|What day is it today?|How old are you?|How old am I?|Where are you from?"
+     "|What is the date today?|How many cats do I have?|How many brothers do I have?|How many children do I have?"
+     "|How many books do I have?|What is two plus two?|What is {n} plus {n}?|What is {n} times {n}?"
+     "|Who is the president?|Who wrote this book?|What is the capital of France?|What is the capital of Germany?"
+     "|Who is the king of England?|How tall am I?|Can you write a poem?|Write me a story.|Sing a song."
+     "|Can you sing?|Translate this sentence.|Tell me a story.|What is the weather like?"
+     "|What's the weather like today?|How high is that tower?|Why is the sky blue?|What is the meaning of life?"
+     "|Can you help me with my homework?|Do you like music?|What is your favourite colour?"
+     "|What is your favorite food?|What did I eat yesterday?|What did I do last week?|How much does it cost?"
+     "|How far is the moon?|What is a computer?|What is love?|Where is the nearest station?"
+     "|Which film should I watch?|What should I eat?|Can you recommend a book?|Who won the match?|When was the war?"
+     "|Explain that to me.|What does that mean?|Can you write code?|Write a letter.|Give me a recipe.|Who made you?"
+     "|How do I get to the airport?|What is the news today?|Do you believe in god?|Are you alive?|Can you see me?"
+     "|What is my age?|What is my phone number?|How many people live here?|What is my mother's name?"
+     "|Who is my father?|What did you say?|Why?|How?|Really?|What else?|Where is my key?|When does the train leave?"
+     "|Do you love me?",
+     (BEYOND_ANSWER,)),
+    ("I am {n} years old.|I'm {n} years old.|I turned {n} last week.|I have {n} cats.|I have {n} children."
+     "|I have {n} books.|I have two cats.|I have three brothers.|I've got two sisters.|I have a big family."
+     "|I have no brothers.|My car broke down.|I bought a new phone.|I went to the cinema."
+     "|I watched a film yesterday.|I am {n} centimetres tall.|I study at the university.|My mother is ill."
+     "|My father is in the garden.|I need to buy bread and milk.|I have a meeting at {n}.|The train leaves at {n}."
+     "|My phone number is {n}{n}.|I paid {n} euros for it.|It cost {n} dollars.|I lost my key."
+     "|My key is in the drawer.|I read a good book.|I am reading a book about history.|I am at work."
+     "|I am going shopping.|I was at a concert.|We had a party yesterday.|I need a new coat.|The film was boring."
+     "|My phone is broken.|I am on the train.|I will be late.|My neighbours are loud.|I cooked for everybody."
+     "|I am hungry.|I want to go home.|I am in love.|I am married.|I am single.|I have a cold."
+     "|I have to work tomorrow.|I was in London.",
+     ("Thanks for telling me.",)),
+    ("Nice to meet you.|Hello, nice to meet you.|Pleased to meet you.|Hi, nice to meet you!|Hello, my friend.|Hey!"
+     "|Hey there!",
+     ("Hello, nice to talk to you.",)),
+    ("Do you remember me?|What do you know about me?|What do you remember?|What can you remember?"
+     "|What have I told you?|Do you remember what I said?|What did I tell you?",
+     ("Ask me about one thing, and I will tell you.",)),
+    ("Cool.|Nice.|Perfect.|Good.|Very good.|Wonderful.|That is right.|That's right!|Correct.|Exactly.|Yes."
+     "|Well done!|Right.",
+     ("Is there anything else?",)),
+    ("No.|That is wrong.|That's wrong.|That's not right.|That is not true.|Wrong.|No, that is wrong.",
+     ("I am sorry, please tell me again.",)),
+    ("Help.|Help me.|Can you help me?|What now?|I have a question.|Can I ask you something?|Listen.",
+     ("I can remember what you tell me.",)),
+)
 # fmt: on
 CHAT: tuple[tuple[str, tuple[str, ...]], ...] = tuple(
     (query, answers) for queries, answers in _CHAT_GROUPS for query in queries.split("|")
+)
+_CASUAL_CHAT: tuple[tuple[str, tuple[str, ...]], ...] = tuple(
+    (query, answers) for queries, answers in _CASUAL_CHAT_GROUPS for query in queries.split("|")
 )
 
 _STATE_PREFIXES = _choices(
@@ -373,6 +583,19 @@ def _build_attributes() -> dict[str, Attribute]:
 
 
 ATTRIBUTES: dict[str, Attribute] = _build_attributes()
+
+
+def _casual(is_test: bool) -> dict[str, list[tuple[str, ...]]]:
+    """Casual statements and questions of each attribute, for training or for tests."""
+    nouns = {name: noun for _, nouns, *_ in _GROUPS for name, noun in nouns.items()}
+    found = {}
+    for name, group in _CASUAL_GROUPS.items():
+        lists = [_choices(phrases.replace("{s}", nouns[name])) for phrases in group]
+        found[name] = [phrases[-1:] if is_test else phrases[:-1] for phrases in lists]
+    return found
+
+
+_CASUAL = {is_test: _casual(is_test) for is_test in (False, True)}
 
 
 def value_pairs() -> list[tuple[str, str]]:
@@ -538,6 +761,10 @@ def _lower_first(text: str) -> str:
     return text if keep else text[0].lower() + text[1:]
 
 
+def _joined(prefix: str, template: str) -> str:
+    return prefix + (template if prefix.endswith(("! ", ". ")) else _lower_first(template))
+
+
 def _with_article(value: str) -> str:
     return ("an " if value[0].lower() in "aeiou" else "a ") + value
 
@@ -563,8 +790,10 @@ class DialogueWriter:
         max_live: int,
         only_open: bool,
         p_new: float = 0.0,
+        p_casual: float = 0.0,
     ) -> None:
         self.rng, self.split, self.p_open, self.p_new, self.p_noise = rng, split, p_open, p_new, p_noise
+        self.p_casual, self.casual = p_casual, _CASUAL[split != "train"]
         self.names = _OPEN_NAMES if only_open else _NEW_NAMES if split == "new" else tuple(ATTRIBUTES)
         self.max_live = min(max_live, len(self.names))
         self.facts: dict[str, _Fact] = {}
@@ -587,6 +816,12 @@ class DialogueWriter:
         fresh = [v for v in pool if v not in exclude] or [v for v in pool if v not in exclude[-1:]]
         return _pick(rng, fresh)
 
+    def is_casual(self) -> bool:
+        return self.p_casual > 0 and self.rng.random() < self.p_casual
+
+    def statement(self, attribute: Attribute) -> str:
+        return _pick(self.rng, self.casual[attribute.name][0] if self.is_casual() else attribute.statements)
+
     def new_fact(self) -> _Fact:
         free = [name for name in self.names if name not in self.facts]
         attribute = ATTRIBUTES[_pick(self.rng, free)]
@@ -606,12 +841,16 @@ class DialogueWriter:
         facts = [self.new_fact()]
         if rng.random() < p_two and len(self.facts) < self.max_live:
             facts.append(self.new_fact())
-        template = _pick(rng, facts[0].attribute.statements)
+        template = self.statement(facts[0].attribute)
         if len(facts) == 2:
-            second = _pick(rng, facts[1].attribute.statements)
-            template = template.rstrip(".") + " and {&}" + _lower_first(second)
+            second = _lower_first(self.statement(facts[1].attribute))
+            if template.startswith("I ") and second.startswith("I ") and self.is_casual():
+                second = second[2:]
+            template = template.rstrip(".") + " and {&}" + second
+        elif self.is_casual():
+            template = _joined(_pick(rng, _CASUAL_PREFIXES), template)
         elif rng.random() < 0.3:
-            template = _pick(rng, _STATE_PREFIXES) + _lower_first(template)
+            template = _joined(_pick(rng, _STATE_PREFIXES), template)
         elif rng.random() < 0.08:
             template += _pick(rng, _STATE_SUFFIXES)
         query = self.query(template, *(fact.value for fact in facts))
@@ -626,9 +865,9 @@ class DialogueWriter:
         fact.stale = [value for value in past if value != fact.value]
         fact.stated = fact.said = self.turn
         style = rng.random()
-        template = _pick(rng, fact.attribute.changes if style < 0.35 else fact.attribute.statements)
+        template = _pick(rng, fact.attribute.changes) if style < 0.35 else self.statement(fact.attribute)
         if 0.25 < style < 0.6:
-            template = _pick(rng, _CHANGE_PREFIXES) + _lower_first(template)
+            template = _joined(_pick(rng, _CHANGE_PREFIXES), template)
         elif 0.6 < style < 0.75 and template.endswith("{v}."):
             template = template[:-1] + " now."
         query = self.query(template, fact.value)
@@ -642,13 +881,18 @@ class DialogueWriter:
 
     def question(self, attribute: Attribute) -> str:
         rng = self.rng
+        if self.is_casual():
+            template = _pick(rng, self.casual[attribute.name][1])
+            if rng.random() < 0.2:
+                template = _joined(_pick(rng, _CASUAL_ASK_PREFIXES), template)
+            return self.query(template)
         style = rng.random()
         if style < 0.4:
             template = _pick(rng, _ASK_PHRASES).replace("{np}", _pick(rng, attribute.noun_phrases))
         else:
             template = _pick(rng, attribute.questions)
             if style > 0.8:
-                template = _pick(rng, _ASK_PREFIXES) + _lower_first(template)
+                template = _joined(_pick(rng, _ASK_PREFIXES), template)
         return self.query(template)
 
     def ask(self, fact: _Fact) -> Interaction:
@@ -665,7 +909,8 @@ class DialogueWriter:
         return turn
 
     def chat(self) -> Interaction:
-        query, answers = _pick(self.rng, CHAT)
+        query, answers = _pick(self.rng, _CASUAL_CHAT if self.is_casual() else CHAT)
+        query = re.sub("{n}", lambda _: str(1 + int(self.rng.random() * 99)), query)
         return self.turn_of(self.query(query), _pick(self.rng, answers), "chat")
 
     def turn_of(
@@ -733,13 +978,15 @@ def generate_dialogue(
     p_new: float | None = None,
     p_two: float = 0.1,
     p_noise: float = 0.15,
+    p_casual: float = 0.0,
     max_live_facts: int | None = None,
     only_open: bool = False,
 ) -> Dialogue:
     """
     Write the dialogue of a seed; turns that are impossible (a question before any fact) become statements.
     `only_open` states nothing but attributes that any word fits, as split "open" does; `p_open` is the share of their
-    values that are names out of no list, `p_new` that share for the other attributes (see `NEW_TYPES`).
+    values that are names out of no list, `p_new` that share for the other attributes (see `NEW_TYPES`). `p_casual` is
+    the share of the phrases that are as people type them, and not those that all else here was measured with.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
@@ -752,6 +999,7 @@ def generate_dialogue(
         len(ATTRIBUTES) if max_live_facts is None else max_live_facts,
         only_open or split == "open",
         float(split == "new") if p_new is None else p_new,
+        p_casual,
     )
     turns = []
     for writer.turn in range(num_turns):

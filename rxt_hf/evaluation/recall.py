@@ -238,6 +238,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--control", default="none", choices=["none", "other_memory", "cleared_memory"])
     parser.add_argument("--split", nargs="+", default=["seen"])
     parser.add_argument("--turns", type=int, nargs="+", default=[8])
+    parser.add_argument("--casual", type=float, default=0.0, help="share of the phrases that training never sees")
     parser.add_argument("--do-sample", action="store_true", help="at temperature 1, not greedy")
     parser.add_argument("--dialogues", type=int, default=100)
     options = parser.parse_args(argv)
@@ -254,6 +255,7 @@ def main(argv: list[str] | None = None) -> None:
                 full_history=options.full_history,
                 control=options.control,
                 do_sample=options.do_sample,
+                p_casual=options.casual,
             )
             print(json.dumps(result))
 

@@ -29,9 +29,11 @@ ARMS = ("first_run", "full_history", "current_turn")
 CASES = [("seen", turns) for turns in (8, 16, 32, 64)]
 CASES += [("unseen", 8), ("unseen", 16), ("unseen", 32), ("open", 4), ("open", 8), ("open", 16)]
 CASES += [("new", 4), ("new", 8), ("new", 16)]
+# in phrases that training never sees
+CASUAL_CASES = [("seen", turns) for turns in (8, 16, 32)]
 
 
-def measure(model, tokenizer, share: float, *, full_history: bool = False, cases=CASES, control="none") -> dict:
+def measure(model, tokenizer, share: float, *, full_history: bool = False, cases=CASES, control="none", **mix) -> dict:
     rows = []
     for split, turns in cases:
         row = recall(
@@ -42,11 +44,12 @@ def measure(model, tokenizer, share: float, *, full_history: bool = False, cases
             num_dialogues=max(2, int(DIALOGUES[turns] * share)),
             full_history=full_history,
             control=control,
+            **mix,
         )
         print(f"  {split:7}{turns:3} turns  recall {row['recall']}  ({row['questions']} questions)", flush=True)
         rows.append(row)
     result = {"parameters": sum(p.numel() for p in model.parameters()), "dtype": str(model.dtype), "recall": rows}
-    if control == "none":
+    if control == "none" and not mix:
         result["answer_perplexity"] = {
             turns: round(answer_perplexity(model, tokenizer, num_turns=turns, full_history=full_history), 4)
             for turns in (8, 16, 32, 64)
@@ -102,6 +105,7 @@ def table(report: dict) -> str:
         line("pairs of attribute and value never trained together", split("rxt", "unseen")),
         line("names never seen in training", split("rxt", "open")),
         line("jobs, towns, food ... never seen in training", split("rxt", "new")),
+        line("trained pairs, in phrases never seen in training", split("casual", "seen")),
         line("stale answers about overwritten facts", split("rxt", "seen"), "stale"),
         line('"You have not told me that yet." where it is due', split("rxt", "seen"), "abstention"),
         line("with another dialogue's memory", split("other_memory", "seen")),
@@ -137,6 +141,7 @@ def measure_rxt(folder: str, share: float) -> dict:
     arms = {"rxt": measure(model, tokenizer, share)}
     arms["rxt"]["memory_bytes"] = model.init_stm(1).nbytes
     arms["rxt"]["effective_rank_by_turn"] = ranks(model, tokenizer)
+    arms["casual"] = measure(model, tokenizer, share, cases=CASUAL_CASES, p_casual=1.0)
     for control in ("other_memory", "cleared_memory"):
         arms[control] = measure(model, tokenizer, share, cases=[("seen", 8), ("seen", 32)], control=control)
     return arms

@@ -340,3 +340,18 @@ def test_a_finished_run_is_trained_further_with_its_tokenizer(recipe, tmp_path):
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert (tmp_path / "more" / "tokenizer.json").read_text() == (first / "tokenizer.json").read_text()
     assert json.loads((tmp_path / "more" / "config.json").read_text())["bptt_turns"] == 4
+
+
+def test_the_demo_of_a_further_run_holds_a_mean_of_the_weights_before_and_after(recipe, tmp_path):
+    first = recipe()
+    options = {"start_from": str(first), "seed": 2, "max_steps": 2, "warmup_steps": 0, "turns_per_step": 32}
+    options |= {"output_dir": str(tmp_path / "more"), "learning_rate": 0.05, "average": 0.25, "disable_tqdm": True}
+    main([word for option, value in options.items() for word in (f"--{option}", str(value))])
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, tmp_path / "more"))
+    mean = load_file(tmp_path / "more" / "demo" / "model.safetensors")
+    for name, weight in mean.items():
+        torch.testing.assert_close(weight, (0.75 * before[name] + 0.25 * after[name]).bfloat16())
+    moved = max((after[name] - before[name]).abs().max() for name in before)
+    assert moved > 0.01
+    with pytest.raises(ValueError, match=r"less than 1 only with start_from, got 0\.5"):
+        main(["--output_dir", str(tmp_path / "new"), "--average", "0.5"])

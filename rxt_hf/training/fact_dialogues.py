@@ -99,6 +99,10 @@ class FactDialogueArguments:
     start_from: str | None = field(default=None, metadata={"help": "folder of the run whose model is trained further"})
     skip: float = field(default=0.0, metadata={"help": "share of the curriculum to leave out at the start"})
     mix: str = field(default="", metadata={"help": "JSON object of other shares of the kinds of turns, see MIX"})
+    average: float = field(
+        default=1.0,
+        metadata={"help": "share of the trained weights in the demo, the rest is start_from's (2109.01903)"},
+    )
 
 
 class FactDialogues(Dataset):
@@ -168,6 +172,8 @@ def main(argv: list[str] | None = None) -> None:
     options, args = parse(FactDialogueArguments, RECIPE, argv)
     if options.cpu_seconds is not None and args.world_size > 1:
         raise ValueError("cpu_seconds would stop one process before the others: use max_steps.")
+    if not 0.0 <= options.average <= 1.0 or (options.average < 1.0 and options.start_from is None):
+        raise ValueError(f"average must be a share, and less than 1 only with start_from, got {options.average}.")
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     with args.main_process_first():
@@ -199,7 +205,17 @@ def main(argv: list[str] | None = None) -> None:
     )
     trainer = train(model, args, data, StepCollator(tokenizer.pad_token_id), CpuBudget(folder, options.cpu_seconds))
     if isinstance(model, RxTForCausalLM) and trainer.is_world_process_zero():
+        if options.start_from is not None and options.average < 1.0:
+            start = RxTForCausalLM.from_pretrained(options.start_from, dtype=torch.float32, **override)
+            mix_weights(model, start, options.average)
         save_compact(model, tokenizer, folder / "demo")
+
+
+@torch.no_grad()
+def mix_weights(model: torch.nn.Module, other: torch.nn.Module, share: float) -> None:
+    """Leaves `share` of the model's weights, and takes the rest from another model of the same shape."""
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        mine.copy_(torch.lerp(theirs.to(mine), mine, share))
 
 
 def save_compact(model: RxTForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

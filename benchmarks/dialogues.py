@@ -5,7 +5,8 @@ What models of equal size recall of real dialogues: an RxT, and what it is compa
     python benchmarks/dialogues.py --data path/to/sgd path/to/star --arm rxt=DIR --arm full_history=DIR \
         --output dialogues.json
 
-DIR are folders of `python -m rxt_hf.training.dialogues --arm ...`; `NAME:more=DIR` is a second model of an arm.
+DIR are folders of `python -m rxt_hf.training.dialogues --arm ...`; `NAME:more=DIR` is a second model of an arm, and
+`NAME=DIR+DIR` one whose training went on in another folder: the last one's model, the steps and seconds of all.
 Measured on test dialogues, teacher forced: perplexity of all answers, and nats per token of the words that only
 earlier turns tell. Then the probes, greedy, each asked after the last turn: share that is exactly right, for values
 said three or more turns before, and beside it the floor: each slot's most frequent value in training.
@@ -60,15 +61,16 @@ def far_probes(found: Mapping[str, Any]) -> float:
 
 
 @torch.no_grad()
-def measure(folder: str, arm: str, sources: Mapping[str, Sequence[Any]], tokens: int) -> dict[str, Any]:
+def measure(folders: list[str], arm: str, sources: Mapping[str, Sequence[Any]], tokens: int) -> dict[str, Any]:
+    folder = folders[-1]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    state = json.loads(Path(folder, "trainer_state.json").read_text())
+    states = [json.loads(Path(each, "trainer_state.json").read_text()) for each in folders]
     result: dict[str, Any] = {
         "model": type(model).__name__,
         "parameters": model.num_parameters(),
-        "training_steps": state["global_step"],
-        "training_cpu_seconds": float(Path(folder, "cpu_seconds.txt").read_text()),
+        "training_steps": sum(state["global_step"] for state in states),
+        "training_cpu_seconds": round(sum(float(Path(each, "cpu_seconds.txt").read_text()) for each in folders), 1),
         "sources": {},
     }
     for name, test in sources.items():
@@ -131,13 +133,14 @@ def main(argv: list[str] | None = None) -> None:
     report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"arms": {}, "floors": {}}
     sources = {Path(folder).name: sampled(folder, "test", options.dialogues) for folder in options.data}
     report |= {"environment": environment("cpu"), "dialogues": options.dialogues, "tokens": options.tokens}
-    for arm, _, folder in (each.partition("=") for each in options.arm):
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    for arm, _, found in (each.partition("=") for each in options.arm):
+        folders = found.split("+")
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folders[-1])
         for each in options.data:
             name = Path(each).name
             report["floors"][name] = floors(each, Dialogues(tokenizer, sources[name], max_tokens=options.tokens))
         if arm not in report["arms"]:
-            report["arms"][arm] = measure(folder, arm, sources, options.tokens)
+            report["arms"][arm] = measure(folders, arm, sources, options.tokens)
             path.write_text(json.dumps(report, indent=1) + "\n")
     print("\n\n".join(table(report, source) for source in sources))
 

@@ -181,8 +181,14 @@ def test_the_benchmark_measures_every_arm_beside_the_floor(trained, capsys, monk
     benchmark = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "dialogues.py"))
     output = trained / "found.json"
     arms = [word for arm in ("rxt", "full_history") for word in ("--arm", f"{arm}={trained / arm}")]
+    # as if a run had gone on in another folder
+    arms += ["--arm", f"full_history:more={trained / 'rxt'}+{trained / 'full_history'}"]
     benchmark["main"](["--data", str(trained / "booking"), *arms, "--output", str(output)])
     report = json.loads(output.read_text())
+    more = report["arms"].pop("full_history:more")
+    runs = list(report["arms"].values())
+    assert more["sources"] == runs[1]["sources"] and more["training_steps"] == 4
+    assert more["training_cpu_seconds"] == round(sum(run["training_cpu_seconds"] for run in runs), 1)
     # "7" and "It" are what training says of their slots
     assert report["floors"] == {"booking": {"all": 1.0, "3+": 1.0}}
     own, *controls = report["arms"]["rxt"]["sources"]["booking"]

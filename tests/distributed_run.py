@@ -15,7 +15,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from transformers import Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -147,3 +147,5 @@ def main(wrapper: str, checkpointing: str, start: str, out: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    # as in rxt_hf.training.run
+    PartialState().destroy_process_group()

@@ -322,10 +322,46 @@ def test_longer_runs_on_real_dialogues_are_shown_as_they_were_measured():
         module.far_probes(arms["full_history"]["sources"][source]["own"]["probes"]) for source in ("sgd", "star")
     ]
     assert "and answers {:.3f} and {:.3f} of the probes".format(*copied) in page
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"real dialogues for {arms['rxt']['training_cpu_seconds'] / 60:.0f} minutes of a core" in readme
     far = {source: module.far_probes(arms["rxt"]["sources"][source]["own"]["probes"]) for source in report["floors"]}
     assert all(share < 2 * report["floors"][source]["3+"] for source, share in far.items())
+
+
+def test_what_a_memory_keeps_after_facts_first_is_shown_as_it_was_measured():
+    report, module = json.loads((RESULTS / "dialogues_facts_first.json").read_text()), script("dialogues")
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    assert all(module.table(report, source) in page for source in ("sgd", "star"))
+    arms, page = report["arms"], " ".join(page.split())
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert {arm["training_steps"] for arm in arms.values()} == {22000}
+
+    def far(memory, arms=arms, arm="rxt"):
+        return [module.far_probes(arms[arm]["sources"][source][memory]["probes"]) for source in ("sgd", "star")]
+
+    floor = [report["floors"][source]["3+"] for source in ("sgd", "star")]
+    assert all(share > 2 * guess for share, guess in zip(far("own"), floor, strict=True))
+    assert all(max(shares) < guess for *shares, guess in zip(far("shuffled"), far("cleared"), floor, strict=True))
+    words = "{:.3f} of SGD's questions and {:.3f} of STAR's are answered exactly, where guessing gives {:.3f} and "
+    words += "{:.3f}; with another dialogue's memory {:.3f} and {:.3f}, with none {:.3f} and {:.3f}."
+    assert words.format(*far("own"), *floor, *far("shuffled"), *far("cleared")) in page
+    words = "{:.3f} and {:.3f} of the questions about values said three or more turns before"
+    assert words.format(*far("own")) in readme
+    assert "(guessing: {:.3f} and {:.3f})".format(*floor) in readme
+    assert f"{arms['rxt']['training_cpu_seconds'] / 60:.0f} minutes of a core" in readme
+    figures = [
+        tuple(arms[arm]["sources"][source]["own"][name]["all"][0] for arm in ("rxt", "current_turn"))
+        for name in ("answer_perplexity", "recall_loss")
+        for source in ("sgd", "star")
+    ]
+    assert all(ours < theirs for ours, theirs in figures)
+    words = "a perplexity of {} for the Llama of the current turn on SGD and of {} on STAR, words that only earlier "
+    words += "turns tell cost {} nats and {}."
+    assert words.format(*(f"{ours:.2f} against {theirs:.2f}" for ours, theirs in figures)) in page
+    longer = json.loads((RESULTS / "dialogues_longer.json").read_text())["arms"]
+    sgd, star = far("own", longer, "full_history")
+    assert f"fewer of STAR's questions ({star:.3f}) and as many of SGD's ({sgd:.3f})" in page
+    assert star < far("own")[1] and sgd == pytest.approx(far("own")[0], abs=0.01)
+    nats = longer["full_history"]["sources"]["sgd"]["own"]["recall_loss"]["all"][0]
+    assert f"cheaper on SGD: {nats:.2f} nats" in page and nats < figures[2][0]
 
 
 def test_options_are_shown_as_they_were_measured():

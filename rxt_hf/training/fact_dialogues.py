@@ -229,4 +229,8 @@ def save_compact(model: RxTForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 
 
 if __name__ == "__main__":
+    from accelerate import PartialState
+
     main()
+    # as in rxt_hf.training.run
+    PartialState().destroy_process_group()

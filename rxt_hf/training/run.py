@@ -562,6 +562,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Trains a stage and prints the folder of the result; returns the exit code."""
+    # here, so that a command line can be read without accelerate
+    from accelerate import PartialState
+
     config = argparse.ArgumentParser(prog="rxt train", add_help=False, allow_abbrev=False)
     config.add_argument("--config", default=options.config)
     found, words = config.parse_known_args(options.arguments)
@@ -569,4 +572,6 @@ def run(options: argparse.Namespace) -> int:
     folder = train(options.stage, settings, args)
     if args.process_index == 0:
         print(folder)
+    # gloo's threads, if they still run when the interpreter ends, abort a process that has done all its work
+    PartialState().destroy_process_group()
     return 0

@@ -169,6 +169,8 @@ def encode_dialogue(tokenizer: PreTrainedTokenizerFast, dialogue: Dialogue) -> d
 
 
 def main(argv: list[str] | None = None) -> None:
+    from accelerate import PartialState
+
     options, args = parse(FactDialogueArguments, RECIPE, argv)
     if options.cpu_seconds is not None and args.world_size > 1:
         raise ValueError("cpu_seconds would stop one process before the others: use max_steps.")
@@ -209,6 +211,8 @@ def main(argv: list[str] | None = None) -> None:
             start = RxTForCausalLM.from_pretrained(options.start_from, dtype=torch.float32, **override)
             mix_weights(model, start, options.average)
         save_compact(model, tokenizer, folder / "demo")
+    # as in rxt_hf.training.run
+    PartialState().destroy_process_group()
 
 
 @torch.no_grad()
@@ -229,8 +233,4 @@ def save_compact(model: RxTForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 
 
 if __name__ == "__main__":
-    from accelerate import PartialState
-
     main()
-    # as in rxt_hf.training.run
-    PartialState().destroy_process_group()

@@ -16,6 +16,7 @@ import argparse
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from math import exp, log
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ TITLES = {
     "full_history": "Llama, full history, equal data",
     "full_history:equal_compute": "Llama, full history, equal CPU",
 }
+# first turns of the groups that are shown
+TURNS = (1, 2, 3, 5, 9, 13)
 
 
 def floors(folder: str, dialogues: Dialogues) -> dict[str, float]:
@@ -121,6 +124,22 @@ def table(report: Mapping[str, Any], source: str) -> str:
     return markdown_table(head, *rows)
 
 
+def by_turn(report: Mapping[str, Any], source: str) -> str:
+    """Answer perplexity by the number of the turn."""
+    rows = []
+    for arm, entry in report["arms"].items():
+        found = entry["sources"][source]["own"]["answer_perplexity"]
+        cells = []
+        for low, high in zip(TURNS, [*TURNS[1:], 1000], strict=True):
+            group = [found[turn] for turn in found if turn != "all" and low <= int(turn) < high]
+            tokens = sum(number for _, number in group)
+            cells.append(f"{exp(sum(log(perplexity) * number for perplexity, number in group) / tokens):.2f}")
+        rows.append([TITLES[arm], *cells])
+    last = [high - 1 for high in TURNS[1:]]
+    names = [str(low) if low == high else f"{low}-{high}" for low, high in zip(TURNS, last, strict=False)]
+    return markdown_table([f"{source}; turn", *names, f"{TURNS[-1]}+"], *rows)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", nargs="+", required=True, help="folders with the splits train and test")
@@ -142,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
         if arm not in report["arms"]:
             report["arms"][arm] = measure(folders, arm, sources, options.tokens)
             path.write_text(json.dumps(report, indent=1) + "\n")
-    print("\n\n".join(table(report, source) for source in sources))
+    print("\n\n".join(show(report, source) for show in (table, by_turn) for source in sources))
 
 
 if __name__ == "__main__":

@@ -133,7 +133,8 @@ def by_turn(report: Mapping[str, Any], source: str) -> str:
         for low, high in zip(TURNS, [*TURNS[1:], 1000], strict=True):
             group = [found[turn] for turn in found if turn != "all" and low <= int(turn) < high]
             tokens = sum(number for _, number in group)
-            cells.append(f"{exp(sum(log(perplexity) * number for perplexity, number in group) / tokens):.2f}")
+            mean = sum(log(perplexity) * number for perplexity, number in group) / max(1, tokens)
+            cells.append(f"{exp(mean):.2f}" if group else "")
         rows.append([TITLES[arm], *cells])
     last = [high - 1 for high in TURNS[1:]]
     names = [str(low) if low == high else f"{low}-{high}" for low, high in zip(TURNS, last, strict=False)]

@@ -91,7 +91,14 @@ class RxTConfig(PreTrainedConfig):
     ```"""
 
     model_type = "rxt"
-    keys_to_ignore_at_inference = ["past_key_values", "stm_cache", "last_hidden_state", "hidden_states", "attentions"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "cache",
+        "stm_cache",
+        "last_hidden_state",
+        "hidden_states",
+        "attentions",
+    ]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",

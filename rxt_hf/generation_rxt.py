@@ -31,6 +31,9 @@ from transformers.generation import (
 
 from .cache_rxt import PendingSTMCache, STMCache, as_stm_cache
 
+# transformers' name of the keys and values within a turn, as an argument and in outputs; `past_key_values` until 5.23
+CACHE_NAME = "cache" if hasattr(GenerateDecoderOnlyOutput, "cache") else "past_key_values"
+
 
 @dataclass
 class RxTGenerateOutput(GenerateDecoderOnlyOutput):
@@ -112,6 +115,7 @@ class RxTGenerationMixin(GenerationMixin):
         if not isinstance(update_memory, bool) and update_memory != "async":
             raise ValueError(f'update_memory must be True, False or "async", got {update_memory!r}.')
 
+        kwargs = {CACHE_NAME if name == "cache" else name: value for name, value in kwargs.items()}
         ids = kwargs.get("input_ids") if inputs is None else inputs
         embeds = kwargs.get("inputs_embeds")
         prompt_mask = self._prompt_mask(ids, embeds, kwargs.get("attention_mask"), config)
@@ -168,7 +172,7 @@ class RxTGenerationMixin(GenerationMixin):
         if attention_mask is not None and attention_mask.shape != shape:
             raise ValueError(
                 f"attention_mask of shape {tuple(attention_mask.shape)} does not fit the prompt of shape "
-                f"{tuple(shape)}: pass mask and ids of the whole interaction, also to go on from past_key_values."
+                f"{tuple(shape)}: pass mask and ids of the whole interaction, also to go on from a cache."
             )
         if attention_mask is not None:
             return attention_mask
@@ -219,9 +223,9 @@ class RxTGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Adds the cross part, which the first forward fills with the memory's keys and values."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if cache is not None and not isinstance(cache, EncoderDecoderCache):
-            model_kwargs["past_key_values"] = EncoderDecoderCache(cache, DynamicCache())
+            model_kwargs[CACHE_NAME] = EncoderDecoderCache(cache, DynamicCache())
 
     def _get_candidate_generator(self, *args, assistant_model=None, model_kwargs=None, **kwargs):
         """A draft model of another family has no memory to read."""

@@ -15,6 +15,7 @@
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,7 +33,10 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
@@ -42,14 +46,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .cache_rxt import StateError, STMCache, as_stm_cache
 from .configuration_rxt import RxTConfig
-from .generation_rxt import RxTGenerationMixin
+from .generation_rxt import CACHE_NAME, RxTGenerationMixin
 
 logger = logging.get_logger(__name__)
 
 
 @auto_docstring
 @dataclass
-class RxTModelOutputWithPast(ModelOutput):
+class RxTModelOutputWithPast(BaseModelOutputWithPastAndCrossAttentions):
     r"""
     Output of [`RxTModel`]. For an episode the leading dimension of `hidden_states`, `attentions` and
     `cross_attentions` is `batch_size * turns`.
@@ -57,8 +61,8 @@ class RxTModelOutputWithPast(ModelOutput):
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, tokens, hidden_size)`):
             Hidden states after the last layer and norm; `(batch_size, turns, tokens, hidden_size)` for an episode.
-        past_key_values (`EncoderDecoderCache`, *optional*): keys and values of this interaction; the cross part holds
-            those of the memory.
+        cache (`EncoderDecoderCache`, *optional*): keys and values of this interaction; the cross part holds
+            those of the memory. `past_key_values` before transformers 5.24.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): input and output of each decoder layer.
         attentions (`tuple(torch.FloatTensor)`, *optional*): weights of each self-attention.
         cross_attentions (`tuple(torch.FloatTensor)`, *optional*): weights of each memory cross-attention, of shape
@@ -67,18 +71,13 @@ class RxTModelOutputWithPast(ModelOutput):
         stm_cache (`STMCache`, *optional*): the memory that was read; for an episode the memory after its last turn.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     stm_cache: STMCache | None = None
 
 
 @auto_docstring
 @dataclass
-class RxTCausalLMOutputWithPast(ModelOutput):
+class RxTCausalLMOutputWithPast(CausalLMOutputWithCrossAttentions):
     r"""
     Output of [`RxTForCausalLM`].
 
@@ -86,7 +85,7 @@ class RxTCausalLMOutputWithPast(ModelOutput):
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*): next-token loss, router loss included.
         logits (`torch.FloatTensor` of shape `(batch_size, tokens, vocab_size)`): prediction scores;
             `(batch_size, turns, tokens, vocab_size)` for an episode, `None` for one that is recomputed turn by turn.
-        past_key_values (`EncoderDecoderCache`, *optional*): see [`RxTModelOutputWithPast`].
+        cache (`EncoderDecoderCache`, *optional*): see [`RxTModelOutputWithPast`].
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
         attentions (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
         cross_attentions (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
@@ -96,12 +95,6 @@ class RxTCausalLMOutputWithPast(ModelOutput):
         stm_cache (`STMCache`, *optional*): see [`RxTModelOutputWithPast`].
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
     aux_loss: torch.FloatTensor | None = None
     last_hidden_state: torch.FloatTensor | None = None
@@ -117,7 +110,7 @@ class RxTForPreTrainingOutput(RxTCausalLMOutputWithPast):
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*): the sum of the stage's losses.
         logits (`torch.FloatTensor`, *optional*): the decoder's, see [`RxTCausalLMOutputWithPast`].
-        past_key_values (`EncoderDecoderCache`, *optional*): not set.
+        cache (`EncoderDecoderCache`, *optional*): not set.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
         attentions (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
         cross_attentions (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
@@ -329,12 +322,12 @@ class RxTSelfAttention(RxTAttention):
         # CODEPATH: converted Mistral and Qwen checkpoints slide, RxT presets do not
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
 
-    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, cache=None, **kwargs):
         position_embeddings = position_embeddings if self.use_rope else None
         queries = self.queries(hidden_states, position_embeddings)
         keys, values = self.keys_values(hidden_states, position_embeddings)
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        if cache is not None:
+            keys, values = cache.update(keys, values, self.layer_idx)
         return self.attend(
             hidden_states, queries, keys, values, attention_mask, sliding_window=self.sliding_window, **kwargs
         )
@@ -473,17 +466,17 @@ class RxTDecoderLayer(GradientCheckpointingLayer):
             else RxTMLP(config.hidden_size, config.intermediate_size, config.hidden_act, config.mlp_bias)
         )
 
-    def memory_keys_values(self, memory_states, past_key_values, dtype):
+    def memory_keys_values(self, memory_states, cache, dtype):
         """Keys and values of this layer's memory: from the cross part of the cache, which is filled once a turn."""
-        cached = isinstance(past_key_values, EncoderDecoderCache)
-        if cached and past_key_values.is_updated.get(self.memory_idx):
-            layer = past_key_values.cross_attention_cache.layers[self.memory_idx]
+        cached = isinstance(cache, EncoderDecoderCache)
+        if cached and cache.is_updated.get(self.memory_idx):
+            layer = cache.cross_attention_cache.layers[self.memory_idx]
             return layer.keys, layer.values
         memory = self.memory_layernorm(memory_states[:, self.memory_idx].to(dtype))
         keys, values = self.memory_cross_attn.keys_values(memory)
         if cached:
-            keys, values = past_key_values.cross_attention_cache.update(keys, values, self.memory_idx)
-            past_key_values.is_updated[self.memory_idx] = True
+            keys, values = cache.cross_attention_cache.update(keys, values, self.memory_idx)
+            cache.is_updated[self.memory_idx] = True
         return keys, values
 
     def forward(
@@ -492,23 +485,23 @@ class RxTDecoderLayer(GradientCheckpointingLayer):
         memory_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         memory_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        within_turn = past_key_values
-        if isinstance(past_key_values, EncoderDecoderCache):
-            within_turn = past_key_values.self_attention_cache
+        within_turn = cache
+        if isinstance(cache, EncoderDecoderCache):
+            within_turn = cache.self_attention_cache
         update, _ = self.self_attn(
             self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
-            past_key_values=within_turn,
+            cache=within_turn,
             **kwargs,
         )
         hidden_states = hidden_states + update
         if self.memory_idx is not None:
-            keys, values = self.memory_keys_values(memory_states, past_key_values, hidden_states.dtype)
+            keys, values = self.memory_keys_values(memory_states, cache, hidden_states.dtype)
             update, _ = self.memory_cross_attn(
                 self.memory_cross_attn_layernorm(hidden_states), keys, values, position_embeddings, memory_mask
             )
@@ -722,7 +715,7 @@ class RxTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RxTDecoderLayer", "RxTMemoryEncoderLayer", "RxTMemoryAttentionLayer"]
-    _skip_keys_device_placement = ["past_key_values", "stm_cache"]
+    _skip_keys_device_placement = ["past_key_values", "cache", "stm_cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -864,15 +857,18 @@ class RxTModel(RxTPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         stm_cache: STMCache | torch.Tensor | None = None,
         memory_mask: torch.Tensor | None = None,
         write_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RxTModelOutputWithPast:
         r"""
+        cache (`EncoderDecoderCache`, *optional*):
+            Keys and values of this interaction so far, and those of the memory.
         stm_cache ([`STMCache`] or `torch.Tensor`, *optional*):
             The memory to read; by default the initial one.
         memory_mask (`torch.Tensor` of shape `(batch_size, slots)`, *optional*):
@@ -880,17 +876,22 @@ class RxTModel(RxTPreTrainedModel):
             a memory encoder.
         write_mask (`torch.Tensor` of shape `(batch_size, turns)`, *optional*):
             0 for the turns of an episode that are read under the memory and not written into it.
+        past_key_values (`EncoderDecoderCache`, *optional*):
+            The name of `cache` before transformers 5.24.
         """
+        cache = given_cache(cache, past_key_values)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         batch_size = inputs_embeds.shape[0]
-        check_mask_shape(attention_mask, inputs_embeds, past_key_values)
+        check_mask_shape(attention_mask, inputs_embeds, cache)
 
         if inputs_embeds.dim() == 4:
-            if past_key_values is not None:
-                raise ValueError("An episode of (batch, turns, tokens) keeps no past_key_values; pass one turn.")
+            if cache is not None:
+                raise ValueError(
+                    "An episode of (batch, turns, tokens) keeps no cache of keys and values; pass one turn."
+                )
             if memory_mask is not None:
                 raise ValueError("memory_mask is for one turn under a given memory; an episode reads what it writes.")
             states, turns, fingerprint = self._read(stm_cache, batch_size)
@@ -915,11 +916,11 @@ class RxTModel(RxTPreTrainedModel):
                 "memory_mask needs an stm_cache that is a tensor of (batch_size, layers, slots, hidden_size), "
                 f"got {type(stm_cache).__name__}."
             )
-        if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
+        if use_cache and cache is None:
+            cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
         states = None
-        if isinstance(past_key_values, EncoderDecoderCache) and past_key_values.is_updated.get(0):
-            self._check_memory_unchanged(stm_cache, past_key_values, batch_size)
+        if isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(0):
+            self._check_memory_unchanged(stm_cache, cache, batch_size)
         else:
             given = stm_cache
             if memory_mask is None:
@@ -927,20 +928,18 @@ class RxTModel(RxTPreTrainedModel):
                 stm_cache = STMCache(states, turns=turns, fingerprint=fingerprint)
             else:
                 states, stm_cache = given, None
-            if isinstance(past_key_values, EncoderDecoderCache):
-                past_key_values.memory_given, past_key_values.memory_states = given, states
+            if isinstance(cache, EncoderDecoderCache):
+                cache.memory_given, cache.memory_states = given, states
         hidden_states = self.decode(
             inputs_embeds,
             states,
             attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             memory_mask=memory_mask,
             **kwargs,
         )
-        return RxTModelOutputWithPast(
-            last_hidden_state=hidden_states, past_key_values=past_key_values, stm_cache=stm_cache
-        )
+        return RxTModelOutputWithPast(last_hidden_state=hidden_states, stm_cache=stm_cache, **{CACHE_NAME: cache})
 
     def _read(self, stm_cache, batch_size):
         """States, turns and fingerprint of the given memory, or those before the first interaction."""
@@ -951,17 +950,17 @@ class RxTModel(RxTPreTrainedModel):
         stm_cache = as_stm_cache(stm_cache, batch_size=batch_size, config=self.config)
         return stm_cache.states, stm_cache.turns, stm_cache.fingerprint
 
-    def _check_memory_unchanged(self, stm_cache, past_key_values, batch_size):
-        """Within a turn the memory is fixed: `past_key_values` holds its keys and values."""
-        known = getattr(past_key_values, "memory_given", None)
+    def _check_memory_unchanged(self, stm_cache, cache, batch_size):
+        """Within a turn the memory is fixed: `cache` holds its keys and values."""
+        known = getattr(cache, "memory_given", None)
         # the same object, as in every step of generate, needs no look inside
         if stm_cache is None or stm_cache is known or torch.compiler.is_compiling():
             return
-        states, read = self._read(stm_cache, batch_size)[0], past_key_values.memory_states
+        states, read = self._read(stm_cache, batch_size)[0], cache.memory_states
         if states is not read and not (states.shape == read.shape and torch.equal(states, read)):
             raise ValueError(
-                "past_key_values holds the keys and values of another memory than the stm_cache given: pass the "
-                "memory that this turn was started with, or start a new turn without past_key_values."
+                "The cache holds the keys and values of another memory than the stm_cache given: pass the memory "
+                "that this turn was started with, or start a new turn without a cache."
             )
 
     def _carried(self, states, turn):
@@ -997,22 +996,22 @@ class RxTModel(RxTPreTrainedModel):
         memory_states: torch.Tensor | None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         memory_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
         Hidden states of one interaction for each row, read under `memory_states`, which may be `None` if the cross
-        part of `past_key_values` holds its keys and values already. `memory_mask` of (batch_size, slots) is 0 where
+        part of `cache` holds its keys and values already. `memory_mask` of (batch_size, slots) is 0 where
         nothing is to be read.
         """
         if position_ids is None:
-            position_ids = positions_in_interaction(attention_mask, inputs_embeds, past_key_values)
+            position_ids = positions_in_interaction(attention_mask, inputs_embeds, cache)
         mask_kwargs = {
             "config": self.config,
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            CACHE_NAME: cache,
             "position_ids": position_ids,
         }
         masks = attention_mask
@@ -1035,7 +1034,7 @@ class RxTModel(RxTPreTrainedModel):
                 memory_states,
                 attention_mask=masks[self.config.layer_types[layer_idx]],
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                cache=cache,
                 memory_mask=memory_mask,
                 position_ids=position_ids,
                 **kwargs,
@@ -1043,16 +1042,25 @@ class RxTModel(RxTPreTrainedModel):
         return self.norm(hidden_states)
 
 
-def positions_in_interaction(attention_mask, inputs_embeds, past_key_values=None) -> torch.Tensor:
+def given_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache by whichever name it was given; the older name warns where transformers' own models do."""
+    if past_key_values is None:
+        return cache
+    if CACHE_NAME == "cache" and not torch.compiler.is_compiling():
+        warnings.warn("`past_key_values` is deprecated, use `cache` instead.", FutureWarning, stacklevel=3)
+    return past_key_values if cache is None else cache
+
+
+def positions_in_interaction(attention_mask, inputs_embeds, cache=None) -> torch.Tensor:
     """Index of each token among the real tokens of its interaction, so that padding on any side changes nothing."""
     length = inputs_embeds.shape[1]
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    start = 0 if past_key_values is None else past_key_values.get_seq_length()
+    start = 0 if cache is None else cache.get_seq_length()
     return (torch.arange(length, device=inputs_embeds.device) + start).unsqueeze(0)
 
 
-def check_mask_shape(attention_mask, inputs_embeds, past_key_values) -> None:
+def check_mask_shape(attention_mask, inputs_embeds, cache) -> None:
     """A mask of ones and zeros has one column for each token, those in the cache included."""
     if not isinstance(attention_mask, torch.Tensor) or torch.compiler.is_compiling():
         return
@@ -1060,7 +1068,7 @@ def check_mask_shape(attention_mask, inputs_embeds, past_key_values) -> None:
     if len(expected) == 2:
         if attention_mask.dim() == 4:
             return
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if cache is None else cache.get_seq_length()
         expected = (expected[0], past + expected[1])
     if tuple(attention_mask.shape) != tuple(expected):
         raise ValueError(
@@ -1238,13 +1246,14 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         stm_cache: STMCache | torch.Tensor | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RxTCausalLMOutputWithPast:
         r"""
@@ -1257,6 +1266,9 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
             attention_mask (`torch.Tensor` of the same shape, *optional*): 0 at padding.
             labels (`torch.LongTensor` of the same shape, *optional*): -100 where no loss is taken.
             stm_cache ([`STMCache`] or `torch.Tensor`, *optional*): the memory to read; by default the initial one.
+            cache (`EncoderDecoderCache`, *optional*): keys and values of this interaction so far, and those of the
+                memory.
+            past_key_values (`EncoderDecoderCache`, *optional*): the name of `cache` before transformers 5.24.
 
         Returns: [`RxTCausalLMOutputWithPast`]
 
@@ -1300,7 +1312,7 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=given_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             stm_cache=stm_cache,
@@ -1331,7 +1343,7 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
         return RxTCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,

@@ -19,7 +19,7 @@ from transformers.generation import (
 )
 
 from rxt_hf import STMCache
-from rxt_hf.generation_rxt import RxTGenerateBeamOutput, RxTGenerateOutput
+from rxt_hf.generation_rxt import CACHE_NAME, RxTGenerateBeamOutput, RxTGenerateOutput
 
 from .models import EXPERTS, close, counted_calls, random_ids, random_memory, tiny_model
 
@@ -277,7 +277,7 @@ def test_row_that_another_criterion_stops_writes_nothing_behind_its_stop(model, 
 def cost(model, turn):
     with FlopCounterMode(display=False) as counter:
         output = turn()
-    cache = output.past_key_values
+    cache = output[CACHE_NAME]
     layers = cache.self_attention_cache.layers + cache.cross_attention_cache.layers
     sizes = [(layer.keys.shape, layer.keys.nbytes + layer.values.nbytes) for layer in layers]
     return output.stm_cache, (counter.get_total_flops(), cache.get_seq_length(), sizes, output.stm_cache.nbytes)
@@ -343,15 +343,15 @@ def test_way_to_cache_changes_nothing(model, memory, options, mask):
     assert_same_turn(answer(model, IDS, memory, attention_mask=mask, **options), expected)
 
 
-def test_turn_may_go_on_from_past_key_values_of_the_same_memory(model, memory):
+def test_turn_may_go_on_from_the_cache_of_the_same_memory(model, memory):
     def started():
         with torch.no_grad():
-            return model(IDS, stm_cache=memory, use_cache=True).past_key_values
+            return model(IDS, stm_cache=memory, use_cache=True)[CACHE_NAME]
 
     longer = torch.cat([IDS, random_ids(2, 3, seed=1)], dim=1)
-    assert_same_turn(answer(model, longer, memory, past_key_values=started()), answer(model, longer, memory))
+    assert_same_turn(answer(model, longer, memory, cache=started()), answer(model, longer, memory))
     with pytest.raises(ValueError, match="another memory than the stm_cache given"):
-        answer(model, longer, STMCache(memory.states + 1), past_key_values=started())
+        answer(model, longer, STMCache(memory.states + 1), cache=started())
 
 
 def test_steps_of_three_compiled_turns_share_one_whole_graph(model):

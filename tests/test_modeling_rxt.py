@@ -2,6 +2,8 @@
 """What the model guarantees beside its numbers, which test_reference_parity.py compares with the reference."""
 
 import copy
+import functools
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ import transformers.modeling_flash_attention_utils as flash
 from transformers import DynamicCache
 
 from rxt_hf import RxTForCausalLM, StateError, STMCache
+from rxt_hf.generation_rxt import CACHE_NAME
 from rxt_hf.modeling_rxt import RxTResidualGate, eager_attention_forward, one_query_attention
 
 from .models import EXPERTS, close, counted_calls, random_ids, random_memory, tiny_config, tiny_model
@@ -257,9 +260,9 @@ def test_cached_forward_of_a_left_padded_turn_equals_the_whole_one(options):
     memory = random_memory(model)
     whole = model(IDS, attention_mask=LEFT, stm_cache=memory).logits
     prompt = model(IDS[:, :3], attention_mask=LEFT[:, :3], stm_cache=memory, use_cache=True)
-    cache, parts = prompt.past_key_values, [prompt.logits]
+    cache, parts = prompt[CACHE_NAME], [prompt.logits]
     for end in range(4, 7):
-        step = model(IDS[:, end - 1 : end], attention_mask=LEFT[:, :end], stm_cache=memory, past_key_values=cache)
+        step = model(IDS[:, end - 1 : end], attention_mask=LEFT[:, :end], stm_cache=memory, cache=cache)
         parts.append(step.logits)
     close(torch.cat(parts, dim=1)[LEFT.bool()], whole[LEFT.bool()])
 
@@ -267,26 +270,52 @@ def test_cached_forward_of_a_left_padded_turn_equals_the_whole_one(options):
 def test_cache_of_a_caller_is_filled_whatever_its_class(model, memory):
     whole = model(IDS, stm_cache=memory).logits
     cache = DynamicCache()
-    first = model(IDS[:, :4], stm_cache=memory, past_key_values=cache)
+    first = model(IDS[:, :4], stm_cache=memory, cache=cache)
     assert cache.get_seq_length() == 4
-    rest = model(IDS[:, 4:], stm_cache=memory, past_key_values=cache)
+    rest = model(IDS[:, 4:], stm_cache=memory, cache=cache)
     close(torch.cat([first.logits, rest.logits], dim=1), whole)
 
 
-def test_memory_other_than_the_one_behind_past_key_values_is_refused(model, memory):
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_cache_goes_by_its_name_of_every_version_of_transformers(model, memory, name):
+    def started(model):
+        cache = model(IDS[:, :4], stm_cache=memory, use_cache=True)[CACHE_NAME]
+        assert cache.get_seq_length() == 4
+        return cache
+
+    # transformers' own models warn of the older name since they have the newer one
+    is_old = name != CACHE_NAME == "cache"
+    warned = functools.partial(pytest.warns, FutureWarning, match="is deprecated") if is_old else nullcontext
+    expected, cache = model(IDS, stm_cache=memory).logits[:, 4:], started(model)
+    answer = {"max_new_tokens": 3, "do_sample": False, "stm_cache": memory}
+    with warned():
+        rest = model(IDS[:, 4:], stm_cache=memory, **{name: cache})
+    assert rest[CACHE_NAME] is cache
+    close(rest.logits, expected)
+    with warned():
+        inner = model.model(IDS[:, 4:], stm_cache=memory, **{name: started(model.model)})
+    close(model.lm_head(inner.last_hidden_state), expected)
+    cache = started(model)
+    with warned():
+        answered = model.generate(IDS, **answer, **{name: cache}).sequences
+    assert torch.equal(answered, model.generate(IDS, **answer).sequences)
+    assert cache.get_seq_length() == IDS.shape[1] + 2
+
+
+def test_memory_other_than_the_one_behind_the_cache_is_refused(model, memory):
     def started():
-        return model(IDS, stm_cache=memory, use_cache=True).past_key_values
+        return model(IDS, stm_cache=memory, use_cache=True)[CACHE_NAME]
 
     following = random_ids(2, 1, seed=1)
-    expected = model(following, stm_cache=memory, past_key_values=started()).logits
+    expected = model(following, stm_cache=memory, cache=started()).logits
     # an equal memory, and none at all, is the one that the turn was started with
     for same in (memory.fork(), memory.states.clone(), None):
-        assert torch.equal(model(following, stm_cache=same, past_key_values=started()).logits, expected)
+        assert torch.equal(model(following, stm_cache=same, cache=started()).logits, expected)
     for other in (STMCache(memory.states + 1), memory.states * 0):
         with pytest.raises(ValueError, match="another memory than the stm_cache given"):
-            model(following, stm_cache=other, past_key_values=started())
+            model(following, stm_cache=other, cache=started())
     with pytest.raises(ValueError, match=r"\(3, 2, 5, 32\), expected \(2, 2, 5, 32\)"):
-        model(following, stm_cache=torch.zeros(3, 2, 5, 32), past_key_values=started())
+        model(following, stm_cache=torch.zeros(3, 2, 5, 32), cache=started())
 
 
 def test_cached_keys_and_values_of_one_turn_never_reach_the_next(model, memory):
@@ -315,8 +344,8 @@ def test_router_loss_of_a_cached_forward_takes_the_full_mask():
     model = tiny_model(**EXPERTS)
     memory = random_memory(model)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-    cache = model(IDS[:, :3], attention_mask=mask[:, :3], stm_cache=memory, use_cache=True).past_key_values
-    step = model(IDS[:, 3:], attention_mask=mask, stm_cache=memory, past_key_values=cache)
+    cache = model(IDS[:, :3], attention_mask=mask[:, :3], stm_cache=memory, use_cache=True)[CACHE_NAME]
+    step = model(IDS[:, 3:], attention_mask=mask, stm_cache=memory, cache=cache)
     alone = [
         model(IDS[row : row + 1, start:end], stm_cache=memory.select(row))
         for row, start, end in ((0, 2, 6), (1, 0, 4))
@@ -390,10 +419,10 @@ def test_input_is_either_ids_or_embeddings(model, memory):
             call(IDS, inputs_embeds=embeds)
 
 
-def test_episode_refuses_past_key_values(model, memory):
-    cache = model(IDS, stm_cache=memory, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=r"An episode .* keeps no past_key_values"):
-        model(IDS[:, None], stm_cache=memory, past_key_values=cache)
+def test_episode_refuses_a_cache(model, memory):
+    cache = model(IDS, stm_cache=memory, use_cache=True)[CACHE_NAME]
+    with pytest.raises(ValueError, match=r"An episode .* keeps no cache"):
+        model(IDS[:, None], stm_cache=memory, cache=cache)
 
 
 # ---- a long conversation
@@ -596,10 +625,10 @@ def test_decoding_step_compiles_to_one_whole_graph(memory):
     torch._dynamo.reset()
     model, following = tiny_model(), random_ids(2, 1, seed=3)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    caches = [model(IDS, stm_cache=memory, use_cache=True).past_key_values for _ in range(2)]
-    expected = model(following, stm_cache=memory, past_key_values=caches[0]).logits
+    caches = [model(IDS, stm_cache=memory, use_cache=True)[CACHE_NAME] for _ in range(2)]
+    expected = model(following, stm_cache=memory, cache=caches[0]).logits
     # an equal memory, which cannot be compared within a graph
-    close(compiled(following, stm_cache=memory.states.clone(), past_key_values=caches[1]).logits, expected)
+    close(compiled(following, stm_cache=memory.states.clone(), cache=caches[1]).logits, expected)
 
 
 @pytest.mark.slow

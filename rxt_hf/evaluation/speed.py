@@ -10,7 +10,7 @@ call to each token that it hands to a streamer. The arms:
     rxt                reads its memory and the query; the turn ends when the memory is written
     rxt_async          the same with `update_memory="async"`; the turn ends with the last token
     full_history       re-reads all turns before the query
-    persistent_cache   keeps its `DynamicCache` from turn to turn: `generate` gets all ids and `past_key_values`
+    persistent_cache   keeps its `DynamicCache` from turn to turn: `generate` gets all ids and the cache
     sliding_window     re-reads the last turns, `window_turns` with the present one, as a chat that cuts old messages
     current_turn       reads the query alone
 
@@ -43,6 +43,7 @@ from transformers.utils import logging
 
 from ..cache_rxt import STMCache
 from ..configuration_rxt import RxTConfig
+from ..generation_rxt import CACHE_NAME
 from ..modeling_rxt import RxTForCausalLM
 from ..presets import PRESETS
 
@@ -187,7 +188,7 @@ class Turns:
             inputs["stm_cache"] = self.memories[turn]
             inputs["update_memory"] = "async" if arm == "rxt_async" else True
         elif arm == "persistent_cache":
-            inputs["past_key_values"] = self.cache_before(turn)
+            inputs[CACHE_NAME] = self.cache_before(turn)
         return inputs
 
     def play(self, arm: str, turn: int, **generate_kwargs: Any) -> dict[str, float]:
@@ -227,7 +228,7 @@ class Turns:
         if arm in RXT_ARMS:
             return output.stm_cache.nbytes
         if arm == "persistent_cache":
-            return cache_bytes(output.past_key_values)
+            return cache_bytes(output[CACHE_NAME])
         tokens = output.sequences.shape[1]
         read_again = {"full_history": tokens, "sliding_window": (self.window_turns - 1) * self.turn_tokens}
         return output.sequences[:, max(0, tokens - read_again.get(arm, 0)) :].nbytes

@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         models.append(
             shape | kept | {"memory_values": result["memory_bytes"] // 4, "bits": round(capacity(result), 1)}
         )
-        report = settings | {"size": SIZE, "symbols": SYMBOLS, "models": models}
+        report = settings | {"options": more, "size": SIZE, "symbols": SYMBOLS, "models": models}
         args.output.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
 

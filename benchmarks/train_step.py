@@ -6,7 +6,8 @@ activations and by depth of back-propagation, against a Llama of the same decode
     OMP_NUM_THREADS=1 python benchmarks/train_step.py --size tiny --output benchmarks/results/train_step_tiny.json
 
 A step is forward, backward and AdamW on random ids. Times are medians of one run in which all cases alternate, ratios
-medians over its rounds. Peak memory is measured in a process of its own for each case, for the first step:
+medians over its rounds. FLOPs, of the arms that recompute nothing, are those of all matrix products, attention without
+regard to its mask. Peak memory is measured in a process of its own for each case, for the first step:
 
     peak_bytes   highest resident memory of the process during the step
     step_bytes   of it above what was there before the step: activations, gradients, AdamW's moments
@@ -28,7 +29,17 @@ from typing import Any, Literal, get_args
 import psutil
 import torch
 
-from rxt_hf.evaluation.speed import SIZES, build_models, count, environment, interleaved, markdown_table, ratio, shown
+from rxt_hf.evaluation.speed import (
+    SIZES,
+    build_models,
+    count,
+    count_flops,
+    environment,
+    interleaved,
+    markdown_table,
+    ratio,
+    shown,
+)
 
 DEPTHS = ("all", "1", "4")
 # keeps every activation, or recomputes as `Trainer` does with gradient_checkpointing=True, or as it does with
@@ -136,6 +147,8 @@ def measure_times(options: argparse.Namespace) -> tuple[dict[str, dict[str, dict
     arms = {arm: Step(arm, models[ARMS[arm][0]], optimizers[ARMS[arm][0]], options) for arm in options.arms}
     cells = {f"{arm} {turns}": partial(step.run, turns) for turns in options.turns for arm, step in arms.items()}
     interleaved(cells, 1)
+    # the counter's hooks and reentrant recomputation do not go together
+    flops = {name: count_flops(cell)[0] for name, cell in cells.items() if not ARMS[name.split()[0]][2]}
     samples = interleaved(cells, options.repeats, options.limit_s)
     table: dict[str, dict[str, dict]] = {}
     ratios = {}
@@ -148,10 +161,13 @@ def measure_times(options: argparse.Namespace) -> tuple[dict[str, dict[str, dict
             "step_s_range": [min(seconds), max(seconds)],
             "tokens_per_s": tokens / statistics.median(seconds),
             "rounds": len(found),
+            "flops": flops.get(name),
         }
         base = "llama_recompute" if ARMS[arm][2] else "llama"
         if ARMS[arm][0] == "rxt" and base in arms:
             ratios[f"{arm}_step_over_{base}_at_{turns}"] = ratio(found, samples[f"{base} {turns}"], "step_s")
+            if name in flops:
+                ratios[f"{arm}_flops_over_{base}_at_{turns}"] = flops[name] / flops[f"{base} {turns}"]
     return table, ratios
 
 

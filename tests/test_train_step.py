@@ -54,9 +54,24 @@ def test_a_report_holds_medians_ratios_targets_and_where_it_was_measured(train_s
     figures = report["steps"][train_step.PLAIN]["2"]
     assert figures["tokens_per_s"] == pytest.approx(2 * 5 / figures["step_s"])
     assert {f"{train_step.RECOMPUTED}_step_over_llama_recompute_at_2"} < set(report["ratios"])
+    assert_flops(report, train_step)
     assert report["targets"]["step_over_llama"]["limit"] == 2.0
     assert {"dtype", "threads", "command", "environment"} <= set(report)
     assert "tokens per second; turns | 1 | 2 |" in capsys.readouterr().out
+
+
+def assert_flops(report, train_step):
+    """Products of a Llama's step: each weight once forward and twice backward, two of attention and five."""
+    tokens, width, layers = 2 * 5, SMALL["hidden_size"], report["size"]["num_hidden_layers"]
+    weights = layers * (4 * width**2 + 3 * width * SMALL["intermediate_size"]) + width * SMALL["vocab_size"]
+    attention = layers * tokens * 5 * width
+    # 2 FLOPs a product; the embeddings are looked up, so that the first layer's input has a gradient too
+    expected = 2 * tokens * 3 * weights + 2 * attention * 7
+    found = {arm: by_turns["2"]["flops"] for arm, by_turns in report["steps"].items()}
+    assert found["llama"] == expected
+    assert found[train_step.PLAIN] > found["llama"]
+    ratio = found[train_step.PLAIN] / found["llama"]
+    assert report["ratios"][f"{train_step.PLAIN}_flops_over_llama_at_2"] == ratio
 
 
 def test_targets_are_met_or_missed_by_the_slowest_step_and_the_longest_episode(train_step):

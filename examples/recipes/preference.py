@@ -124,7 +124,13 @@ def main() -> None:
     model, tokenizer = loaded(options.model)
     if not (folder / "pairs.json").exists():
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bf16):
-            (folder / "pairs.json").write_text(json.dumps(find_pairs(model, tokenizer, options)))
+            found = find_pairs(model, tokenizer, options)
+        if not found:
+            raise SystemExit(
+                f"{options.model} answered every question right in {options.rounds} rounds of {options.dialogues} "
+                "dialogues, so that there is nothing to prefer: look in more of them, with --rounds or --dialogues."
+            )
+        (folder / "pairs.json").write_text(json.dumps(found))
     pairs = json.loads((folder / "pairs.json").read_text())
     before = measured(model, tokenizer, options.test_dialogues)
     trainer = PreferenceTrainer(

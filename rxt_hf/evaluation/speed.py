@@ -253,8 +253,15 @@ def count_flops(function: Callable[[], Any]) -> tuple[int, Any]:
         batch_size, heads, tokens, head_dim = query
         return 2 * batch_size * heads * tokens * key[-2] * (head_dim + value[-1])
 
+    def attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        # the scores once more, and the gradients of weights, values, queries and keys: five products for two
+        return attention(query, key, value) * 5 // 2
+
     # the one kernel of scaled_dot_product_attention that PyTorch's table lacks
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention}
+    mapping = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    }
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         result = function()
     return counter.get_total_flops(), result

@@ -10,9 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from rxt_hf import RxTConfig, RxTForCausalLM
 from rxt_hf.data.facts import generate_dialogue
 from rxt_hf.evaluation.recall import FIRST_TEST_SEED
+from rxt_hf.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -423,5 +426,17 @@ def test_cost_of_a_training_step_is_shown_as_it_was_measured():
     peaks = [ratios[f"rxt_bptt_all_{name}_peak_bytes_at_64_over_8"] for name in ("recompute", "reentrant")]
     words = '{:.2f} times that at 8, with `gradient_checkpointing_kwargs={{"use_reentrant": True}}` {:.2f} times'
     assert words.format(*peaks) in page
-    slowest = max(value for name, value in ratios.items() if name.startswith("rxt_bptt_all_step_over_llama_at_"))
-    assert f"A step costs up to {slowest:.2f} times" in page
+
+    def most(ratios, name):
+        return max(found for key, found in ratios.items() if key.startswith(f"rxt_bptt_all_{name}_over_llama_at_"))
+
+    words = f"A step costs up to {most(ratios, 'step'):.2f} times that of a Llama with the same decoder over the same "
+    assert words + f"tokens; its matrix products alone are up to {most(ratios, 'flops'):.2f} times as many" in page
+    with torch.device("meta"):
+        model = RxTForCausalLM(RxTConfig(**PRESETS["tiny"]))
+    sizes = {name: weights.numel() for name, weights in model.named_parameters() if "layers" in name}
+    memory = sum(size for name, size in sizes.items() if "memory" in name)
+    assert f"has {memory / (sum(sizes.values()) - memory):.1f} times the weights of the decoder's own layers" in page
+    larger = json.loads((RESULTS / "train_step_vocab_8192.json").read_text())["ratios"]
+    words = "a step costs up to {:.2f} times, the products are {:.2f} times as many."
+    assert words.format(most(larger, "step"), most(larger, "flops")) in page

@@ -2,7 +2,8 @@
 """
 What a memory holds, in bits, by its slots and their width: Remember (arXiv 2407.04841) with models of many shapes.
 
-    OMP_NUM_THREADS=1 python benchmarks/capacity.py out --slots 2 8 32 --widths 80 48 --bf16 False --output out.json
+    OMP_NUM_THREADS=1 python benchmarks/capacity.py out --shapes 2x48 8x48 32x48 2x80 8x80 --output capacity.json \
+        --learning_rate 2e-3 --bf16 False
 
 trains a model of each shape by the same recipe, on up to `SIZE` pairs of 64 keys and 64 values, and asks for every
 pair of longer and longer lists. If a share `a` of the answers is right, a list of N pairs has left at least
@@ -57,14 +58,13 @@ def table(report: Mapping[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a run of each shape goes into it")
-    parser.add_argument("--slots", type=int, nargs="+", default=[2, 8, 32])
-    parser.add_argument("--widths", type=int, nargs="+", default=[80, 48])
+    parser.add_argument("--shapes", nargs="+", required=True, metavar="SLOTSxWIDTH")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE.json")
     args, more = parser.parse_known_args(argv)
     models, settings = [], {}
-    for width, slots in ((width, slots) for width in args.widths for slots in args.slots):
-        run = args.folder / f"{slots}x{width}"
+    for name in args.shapes:
+        run, (slots, width) = args.folder / name, map(int, name.split("x"))
         shape = {"num_memory_slots": slots, "hidden_size": width}
         fields = shape | {"intermediate_size": 5 * width // 2, "num_attention_heads": width // 16}
         if not (run / "result.json").exists():
@@ -75,11 +75,9 @@ def main(argv: list[str] | None = None) -> None:
             memory_tasks.main(["--output_dir", str(run), *task, *sizes, *options, *more])
         result = json.loads((run / "result.json").read_text())
         settings = {name: result[name] for name in ("environment", "seed", "steps")}
-        kept = {name: result[name] for name in ("parameters", "cpu_seconds", "exact")}
         # the memory is of float32
-        models.append(
-            shape | kept | {"memory_values": result["memory_bytes"] // 4, "bits": round(capacity(result), 1)}
-        )
+        found = {"memory_values": result["memory_bytes"] // 4, "bits": round(capacity(result), 1)}
+        models.append(shape | found | {name: result[name] for name in ("parameters", "cpu_seconds", "exact")})
         report = settings | {"options": more, "size": SIZE, "symbols": SYMBOLS, "models": models}
         args.output.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))

@@ -127,8 +127,8 @@ def table(report: Mapping[str, Any], source: str) -> str:
 def by_turn(report: Mapping[str, Any], source: str) -> str:
     """Answer perplexity by the number of the turn."""
     rows = []
-    for arm, entry in report["arms"].items():
-        found = entry["sources"][source]["own"]["answer_perplexity"]
+    for arm in (arm for arm in TITLES if arm in report["arms"]):
+        found = report["arms"][arm]["sources"][source]["own"]["answer_perplexity"]
         cells = []
         for low, high in zip(TURNS, [*TURNS[1:], 1000], strict=True):
             group = [found[turn] for turn in found if turn != "all" and low <= int(turn) < high]

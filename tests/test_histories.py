@@ -176,9 +176,13 @@ def trained(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def benchmark():
+    return runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "dialogues.py"))
+
+
 @pytest.mark.filterwarnings("ignore:.*generation flags:UserWarning")
-def test_the_benchmark_measures_every_arm_beside_the_floor(trained, capsys, monkeypatch):
-    benchmark = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "dialogues.py"))
+def test_the_benchmark_measures_every_arm_beside_the_floor(benchmark, trained, capsys, monkeypatch):
     output = trained / "found.json"
     arms = [word for arm in ("rxt", "full_history") for word in ("--arm", f"{arm}={trained / arm}")]
     # as if a run had gone on in another folder
@@ -205,7 +209,20 @@ def test_the_benchmark_measures_every_arm_beside_the_floor(trained, capsys, monk
         "the same, memory cleared",
         "Llama, full history, equal data",
         "a slot's most frequent value",
+        "",
+        "booking; turn",
+        "---",
+        "RxT, fixed-size memory",
+        "Llama, full history, equal data",
     ]
+
+
+def test_perplexity_of_a_group_of_turns_is_that_of_all_their_tokens(benchmark):
+    found = {"all": [9.0, 99], "1": [2.0, 10], "3": [2.0, 1], "4": [8.0, 1], "20": [3.0, 2]}
+    report = {"arms": {"rxt": {"sources": {"booking": {"own": {"answer_perplexity": found}}}}}}
+    head, _, row = benchmark["by_turn"](report, "booking").splitlines()
+    assert head == "| booking; turn | 1 | 2 | 3-4 | 5-8 | 9-12 | 13+ |"
+    assert row == "| RxT, fixed-size memory | 2.00 |  | 4.00 |  |  | 3.00 |"
 
 
 def test_the_recipe_trains_and_measures_the_sizes_of_the_paper(trained):
@@ -223,8 +240,7 @@ def test_the_recipe_trains_and_measures_the_sizes_of_the_paper(trained):
     assert max(parameters) < 1.1 * min(parameters)
 
 
-def test_the_benchmark_refuses_dialogues_without_probes(trained, tmp_path):
-    benchmark = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "dialogues.py"))
+def test_the_benchmark_refuses_dialogues_without_probes(benchmark, trained, tmp_path):
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"interactions": TURNS}) + "\n")
     words = ["--data", str(tmp_path), "--arm", f"rxt={trained / 'rxt'}", "--output", str(tmp_path / "found.json")]

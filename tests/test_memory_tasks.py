@@ -179,7 +179,10 @@ def test_recipe_resumes_and_writes_down_what_it_measured(tmp_path, task):
 def test_the_recipe_of_the_results_runs(tmp_path):
     root = Path(__file__).parents[1]
     environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(root)}
+    # four processes, one thread each
+    environment["OMP_NUM_THREADS"] = "1"
     options = ["--max_steps", "2", "--test_episodes", "2", "--override", json.dumps(SIZES)]
+    options += ["--turns_per_step", "60", "--bf16", "False"]
     command = ["sh", "examples/recipes/memory_tasks.sh", str(tmp_path), *options]
     done = subprocess.run(command, cwd=root, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,7 @@
 """
 What a memory holds, in bits, by its slots and their width: Remember (arXiv 2407.04841) with models of many shapes.
 
-    OMP_NUM_THREADS=1 python benchmarks/capacity.py out --shapes 2x48 8x48 32x48 2x80 8x80 --output capacity.json \
+    OMP_NUM_THREADS=1 python benchmarks/capacity.py out --shapes 2x48 8x48 32x48 8x80 --output capacity.json \
         --learning_rate 2e-3 --bf16 False
 
 trains a model of each shape by the same recipe, on up to `SIZE` pairs of 64 keys and 64 values, and asks for every

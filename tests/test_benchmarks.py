@@ -420,6 +420,23 @@ def test_memory_tasks_are_shown_as_they_were_measured():
     assert largest["exact"] == 1.0
 
 
+def test_capacity_is_shown_as_it_was_measured():
+    report, module = json.loads((RESULTS / "capacity.json").read_text()), script("capacity")
+    page = (ROOT / "benchmarks" / "README.md").read_text()
+    assert module.table(report) in page
+    found = {(row["num_memory_slots"], row["hidden_size"]): row for row in report["models"]}
+    assert all(row["bits"] == round(module.capacity(row), 1) for row in report["models"])
+    assert "--shapes " + " ".join(f"{slots}x{width}" for slots, width in found) + " --output" in page
+    assert " ".join(report["options"]) in page
+    page = " ".join(page.split())
+    assert f"on up to {report['size']} pairs and in {report['steps']:,} steps" in page
+    few, more, wide = (found[shape] for shape in ((2, 48), (32, 48), (8, 80)))
+    assert f"16 times the slots hold {more['bits'] / few['bits']:.0f} times the bits" in page
+    narrow = found[8, 48]
+    assert f"hold {wide['bits'] / narrow['bits']:.1f} times what 8 of 48 do" in page
+    assert f"in {wide['memory_values'] / narrow['memory_values']:.1f} times the values" in page
+
+
 def test_cost_of_a_training_step_is_shown_as_it_was_measured():
     ratios = json.loads((RESULTS / "train_step_tiny.json").read_text())["ratios"]
     page = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())

@@ -457,3 +457,8 @@ def test_cost_of_a_training_step_is_shown_as_it_was_measured():
     larger = json.loads((RESULTS / "train_step_vocab_8192.json").read_text())["ratios"]
     words = "a step costs up to {:.2f} times, the products are {:.2f} times as many."
     assert words.format(most(larger, "step"), most(larger, "flops")) in page
+    report = json.loads((RESULTS / "train_step_depth.json").read_text())
+    arms = [f"rxt_bptt_{depth}" for depth in ("1", "4", "all")]
+    words = "64 turns take {:.0f}, {:.0f} and {:.0f} MiB at their peak without recomputation, and {:.2f}, {:.2f} and {:.2f}"
+    peaks = [report["steps"][arm]["64"]["peak_bytes"] / 2**20 for arm in arms]
+    assert words.format(*peaks, *(report["ratios"][f"{arm}_step_over_llama_at_64"] for arm in arms)) in page

@@ -459,6 +459,8 @@ def test_cost_of_a_training_step_is_shown_as_it_was_measured():
     assert words.format(most(larger, "step"), most(larger, "flops")) in page
     report = json.loads((RESULTS / "train_step_depth.json").read_text())
     arms = [f"rxt_bptt_{depth}" for depth in ("1", "4", "all")]
-    words = "64 turns take {:.0f}, {:.0f} and {:.0f} MiB at their peak without recomputation, and {:.2f}, {:.2f} and {:.2f}"
+    words = (
+        "take {:.0f}, {:.0f} and {:.0f} MiB at their peak without recomputation, and {:.2f}, {:.2f} and {:.2f} times"
+    )
     peaks = [report["steps"][arm]["64"]["peak_bytes"] / 2**20 for arm in arms]
     assert words.format(*peaks, *(report["ratios"][f"{arm}_step_over_llama_at_64"] for arm in arms)) in page

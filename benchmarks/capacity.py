@@ -74,11 +74,12 @@ def main(argv: list[str] | None = None) -> None:
             options = ["--generator", json.dumps(symbols), "--override", json.dumps(fields)]
             memory_tasks.main(["--output_dir", str(run), *task, *sizes, *options, *more])
         result = json.loads((run / "result.json").read_text())
-        settings = {name: result[name] for name in ("environment", "seed", "steps")}
-        # the memory is of float32
-        found = {"memory_values": result["memory_bytes"] // 4, "bits": round(capacity(result), 1)}
-        models.append(shape | found | {name: result[name] for name in ("parameters", "cpu_seconds", "exact")})
-        report = settings | {"options": more, "size": SIZE, "symbols": SYMBOLS, "models": models}
+        settings = {key: result[key] for key in ("environment", "seed", "steps")}
+        # as that run had them, which may be one that was there already; the memory is of float32
+        found = {"options": result["command"].partition(" --tasks ")[2], "memory_values": result["memory_bytes"] // 4}
+        found["bits"] = round(capacity(result), 1)
+        models.append(shape | found | {key: result[key] for key in ("parameters", "cpu_seconds", "exact")})
+        report = settings | {"size": SIZE, "symbols": SYMBOLS, "models": models}
         args.output.write_text(json.dumps(report, indent=1) + "\n")
     print(table(report))
 

@@ -427,7 +427,9 @@ def test_capacity_is_shown_as_it_was_measured():
     found = {(row["num_memory_slots"], row["hidden_size"]): row for row in report["models"]}
     assert all(row["bits"] == round(module.capacity(row), 1) for row in report["models"])
     assert "--shapes " + " ".join(f"{slots}x{width}" for slots, width in found) + " --output" in page
-    assert " ".join(report["options"]) in page
+    for row in report["models"]:
+        assert all(option in row["options"] for option in ("--learning_rate 2e-3", "--bf16 False", "--hint 0.2"))
+    assert "--learning_rate 2e-3 --bf16 False\n```" in page
     page = " ".join(page.split())
     assert f"on up to {report['size']} pairs and in {report['steps']:,} steps" in page
     few, more, wide = (found[shape] for shape in ((2, 48), (32, 48), (8, 80)))
@@ -435,6 +437,9 @@ def test_capacity_is_shown_as_it_was_measured():
     narrow = found[8, 48]
     assert f"hold {wide['bits'] / narrow['bits']:.1f} times what 8 of 48 do" in page
     assert f"in {wide['memory_values'] / narrow['memory_values']:.1f} times the values" in page
+    largest = json.loads((RESULTS / "remember.json").read_text())
+    assert (largest["memory_bytes"], largest["steps"]) == (2 * 64 * 80 * 4, 9000)
+    assert "with 64 slots of 80 and 9,000 steps, answers all of 50 pairs" in page
 
 
 def test_cost_of_a_training_step_is_shown_as_it_was_measured():

@@ -67,7 +67,6 @@ def assert_same_run(found, expected, start):
         close(weights[name], tensor)
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "wrapper, checkpointing",
     [

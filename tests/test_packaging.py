@@ -108,3 +108,8 @@ def test_test_command_of_the_readme_runs_in_ci():
 def test_names_that_the_readme_uses_need_no_import_but_that_of_the_package(name):
     code = f"import rxt_hf; assert rxt_hf.{name}"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
+
+
+def test_readme_names_the_oldest_version_of_transformers_that_the_package_takes():
+    (oldest,) = re.findall(r'"transformers>=([\d.]+),', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert f"\ntransformers {oldest} or later;" in readme()

@@ -1305,14 +1305,15 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
                 kwargs["write_mask"] = pad_turns(kwargs["write_mask"], missing)
         recompute = is_episode and labels is not None and self.model.gradient_checkpointing and self.training
         # the routers' loss is one over all turns, so an episode that takes it recomputes by layer, not by turn
-        if recompute and not output_router_logits and kwargs.get("write_mask") is None:
+        cache = given_cache(cache, past_key_values)
+        if recompute and not output_router_logits and kwargs.get("write_mask") is None and cache is None:
             embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
             return self._recomputed_episode(embeds, attention_mask, labels, stm_cache, **kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=given_cache(cache, past_key_values),
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             stm_cache=stm_cache,

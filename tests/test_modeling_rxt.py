@@ -423,6 +423,11 @@ def test_episode_refuses_a_cache(model, memory):
     cache = model(IDS, stm_cache=memory, use_cache=True)[CACHE_NAME]
     with pytest.raises(ValueError, match=r"An episode .* keeps no cache"):
         model(IDS[:, None], stm_cache=memory, cache=cache)
+    # one that is recomputed turn by turn does not pass it over either
+    recomputing = tiny_model().train()
+    recomputing.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"An episode .* keeps no cache"):
+        recomputing(IDS[:, None], labels=IDS[:, None], stm_cache=memory, cache=cache)
 
 
 # ---- a long conversation

@@ -15,6 +15,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -199,6 +200,21 @@ class STMCache:
         Raises:
             `StateError`: if the states are empty, not finite (in `dtype`), or neither float32, float16 nor bfloat16.
         """
+        write_atomically(Path(os.path.realpath(path)), *self._chunks(dtype))
+
+    def to_bytes(self, dtype: torch.dtype | None = None) -> bytes:
+        """
+        What `save` writes into a file, for a database or a network.
+
+        Args:
+            dtype (`torch.dtype`, *optional*): as in `save`.
+
+        Raises: [`StateError`] as `save` does.
+        """
+        return b"".join(self._chunks(dtype))
+
+    def _chunks(self, dtype: torch.dtype | None) -> list[Any]:
+        """Length of the header, header, turns and states."""
         states, turns = self.states.detach().cpu(), self.turns.cpu()
         as_int8 = dtype is torch.int8
         if dtype is not None and not as_int8:
@@ -216,7 +232,7 @@ class STMCache:
         raw = header.to_bytes()
         if len(raw) > MAX_HEADER_BYTES:
             raise StateError(f"Cannot save a header of {len(raw)} bytes, limit {MAX_HEADER_BYTES}: long fingerprint.")
-        write_atomically(Path(os.path.realpath(path)), len(raw).to_bytes(8, "little"), raw, *body)
+        return [len(raw).to_bytes(8, "little"), raw, *body]
 
     @classmethod
     def load(cls, path: str | os.PathLike, model: Any = None, device: torch.device | str | None = None) -> "STMCache":
@@ -237,21 +253,39 @@ class STMCache:
         if os.path.exists(path) and not os.path.isfile(path):
             raise StateError(f"{path} is not a regular file, expected an STMCache file.")
         with open(path, "rb") as file:
-            header = _read_header(file, str(path))
-            if model is not None:
-                _check_model(header, model, str(path))
-            body = bytearray(header.num_bytes)
-            _expect(path, "the number of bytes read", file.readinto(body), len(body))
-        _expect(path, "the checksum", header.with_checksum(body).checksum, header.checksum)
+            return cls._read(file, os.fstat(file.fileno()).st_size, str(path), model, device)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, model: Any = None, device: torch.device | str | None = None) -> "STMCache":
+        """
+        The memory that `to_bytes` wrote, or that a file holds, with all the checks of `load`.
+
+        Args:
+            data (`bytes`): The whole content of a file.
+            model (*optional*): as in `load`.
+            device (*optional*, defaults to the CPU): Where the tensors go.
+
+        Raises: [`StateError`] as `load` does.
+        """
+        return cls._read(io.BytesIO(data), len(data), "The memory", model, device)
+
+    @classmethod
+    def _read(cls, file: BinaryIO, size: int, name: str, model: Any, device: Any) -> "STMCache":
+        header = _read_header(file, size, name)
+        if model is not None:
+            _check_model(header, model, name)
+        body = bytearray(header.num_bytes)
+        _expect(name, "the number of bytes read", file.readinto(body), len(body))
+        _expect(name, "the checksum", header.with_checksum(body).checksum, header.checksum)
         tensors = {
-            name: torch.frombuffer(body, dtype=STORED_DTYPES[dtype], count=math.prod(shape), offset=start)
-            for name, (dtype, shape, (start, _)) in header.tensors.items()
+            part: torch.frombuffer(body, dtype=STORED_DTYPES[dtype], count=math.prod(shape), offset=start)
+            for part, (dtype, shape, (start, _)) in header.tensors.items()
         }
         turns, states = tensors["turns"].clone(), tensors["states"].reshape(header.shape)
         if header.is_int8:
             states = states * tensors["scales"].reshape(*header.shape[:3], 1)
         states = states.to(FILE_DTYPES[header.dtype], copy=True)
-        _check_numbers(f"{path} is refused", states, turns)
+        _check_numbers(f"{name} is refused", states, turns)
         return cls(states.to(device), turns, header.fingerprint)
 
 
@@ -421,8 +455,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _read_header(file: BinaryIO, path: str) -> _Header:
-    size = os.fstat(file.fileno()).st_size
+def _read_header(file: BinaryIO, size: int, path: str) -> _Header:
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
         limit = f"expected at most {MAX_HEADER_BYTES} and no more than the file holds"

@@ -16,7 +16,7 @@
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -807,6 +807,16 @@ class RxTModel(RxTPreTrainedModel):
         noise = torch.randn(shape, generator=generator, device=noise_device, dtype=torch.float32)
         return (noise * config.memory_init_std).to(device=device, dtype=dtype)
 
+    def memory_keys_values(self, states: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """
+        What the cross part of a cache holds for a turn that reads `states` of
+        (batch_size, num_memory_layers, num_memory_slots, hidden_size): for each of its layers the keys and values, of
+        (batch_size, heads, slots, head_dim). `decode` with a cache that is filled with them needs no `memory_states`.
+        """
+        dtype = self.embed_tokens.weight.dtype
+        layers = [layer for layer in self.layers if layer.memory_idx is not None]
+        return [layer.memory_keys_values(states, None, dtype) for layer in layers]
+
     def encode(
         self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -1002,8 +1012,9 @@ class RxTModel(RxTPreTrainedModel):
     ) -> torch.Tensor:
         """
         Hidden states of one interaction for each row, read under `memory_states`, which may be `None` if the cross
-        part of `cache` holds its keys and values already. `memory_mask` of (batch_size, slots) is 0 where
-        nothing is to be read.
+        part of `cache` holds its keys and values already (see `memory_keys_values`). `memory_mask` of
+        (batch_size, slots) is 0 where nothing is to be read. An `attention_mask` that is a dict gives the mask of the
+        tokens for each kind in `config.layer_types`, as the attention implementation takes it.
         """
         if position_ids is None:
             position_ids = positions_in_interaction(attention_mask, inputs_embeds, cache)
@@ -1238,6 +1249,37 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
             raise StateError("The memory update produced values that are not finite; the old memory is unchanged.")
         written = 1 if attention_mask is None else attention_mask.any(-1).to(old.turns)
         return old.replace(states, turns=old.turns + written)
+
+    @torch.no_grad()
+    def replay(self, stm_cache: STMCache | torch.Tensor | None, interactions: Sequence[Sequence[int]]) -> STMCache:
+        r"""
+        Writes many finished interactions of one conversation, in order: the memory that a loop of `update_memory`
+        gives, but for rounding. They are encoded in batches, and only the writes are one after the other.
+
+        Args:
+            stm_cache ([`STMCache`] or `torch.Tensor` with one row, *optional*): the memory before; it is not changed.
+            interactions (`Sequence[Sequence[int]]`): token ids of each, with their control tokens.
+
+        Returns: a new [`STMCache`] in the dtype of the old one.
+
+        Raises: `ValueError` for a memory that does not fit and an interaction without a token, `StateError` if the new
+        memory is not finite.
+        """
+        old = as_stm_cache(self.init_stm(1) if stm_cache is None else stm_cache, batch_size=1, config=self.config)
+        if not all(len(token_ids) for token_ids in interactions):
+            raise ValueError("replay got an interaction without a token: leave it out.")
+        states = old.states
+        # enough to fill the matrices, and few enough that what is encoded stays small
+        for start in range(0, len(interactions), 32):
+            rows = [
+                torch.tensor(list(token_ids), device=self.device) for token_ids in interactions[start : start + 32]
+            ]
+            input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).unsqueeze(0)
+            mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).unsqueeze(0)
+            _, states = self.model.read_states(self.model.embed_tokens(input_ids), mask, mask, states)
+        if not torch.isfinite(states).all():
+            raise StateError("The replay produced values that are not finite; the old memory is unchanged.")
+        return old.replace(states.clone() if states is old.states else states, turns=old.turns + len(interactions))
 
     @can_return_tuple
     @auto_docstring

@@ -334,6 +334,19 @@ def cache_of_all_sizes(dtype):
     return cache.replace(states)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8])
+def test_bytes_of_a_memory_are_those_of_its_file_and_give_it_back(tmp_path, dtype):
+    cache = random_cache()
+    cache.states.requires_grad_()
+    content = cache.to_bytes(dtype)
+    cache.save(tmp_path / "state", dtype=dtype)
+    assert isinstance(content, bytes) and content == (tmp_path / "state").read_bytes()
+    assert_same(STMCache.from_bytes(content), STMCache.load(tmp_path / "state"))
+    assert not STMCache.from_bytes(content).states.requires_grad
+    with pytest.raises(StateError, match="The memory is refused: the fingerprint"):
+        STMCache.from_bytes(random_cache().to_bytes(dtype), stand_in_model(fingerprint="model-b"))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_int8_keeps_every_number_to_half_a_scale_and_the_dtype(tmp_path, dtype):
     cache = cache_of_all_sizes(dtype)
@@ -474,8 +487,10 @@ int8_file = pytest.mark.parametrize("one_slot_file", [torch.int8], indirect=True
 
 
 def refuse(path, content, words=None):
-    """Loading must raise one `StateError` quickly; gives back the seconds it took."""
+    """Loading must raise one `StateError` quickly, from a file as from bytes; gives back the seconds it took."""
     path.write_bytes(content)
+    with pytest.raises(StateError, match=words):
+        STMCache.from_bytes(content)
     start = time.perf_counter()
     with pytest.raises(StateError, match=words) as caught:
         STMCache.load(path)

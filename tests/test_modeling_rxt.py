@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from rxt_hf import RxTForCausalLM, StateError, STMCache
 from rxt_hf.generation_rxt import CACHE_NAME
@@ -173,6 +173,38 @@ def test_only_memory_layers_read_and_the_memory_has_a_layer_for_each():
         assert changed == [layer >= reader for layer in range(-1, 4)]
     turn = model.generate(IDS, stm_cache=memory, max_new_tokens=3)
     assert torch.equal(turn.stm_cache.states, model.update_memory(memory, turn.sequences).states)
+
+
+def test_a_cache_filled_with_the_keys_and_values_of_a_memory_reads_it():
+    model = tiny_model(memory_layers=[1])
+    memory = random_memory(model)
+    within, across = DynamicCache(), DynamicCache()
+    for index, keys_values in enumerate(model.model.memory_keys_values(memory.states)):
+        across.update(*keys_values, index)
+    embeds = model.model.embed_tokens(IDS)
+    filled = model.model.decode(embeds, None, None, cache=EncoderDecoderCache(within, across))
+    assert torch.equal(filled, model.model.decode(embeds, memory.states))
+
+
+def test_a_replay_is_the_loop_over_its_interactions():
+    model = tiny_model()
+    memory = random_memory(model, batch_size=1)
+    interactions = [random_ids(3 + 5 * turn % 11, seed=turn).tolist() for turn in range(40)]
+    expected = memory
+    with torch.no_grad():
+        for token_ids in interactions:
+            expected = model.update_memory(expected, torch.tensor([token_ids]))
+    before = memory.states.clone()
+    replayed = model.replay(memory, interactions)
+    close(replayed.states, expected.states)
+    assert (replayed.states - model.replay(memory, interactions[:-1]).states).abs().max() > 0.01
+    assert replayed.turns.tolist() == expected.turns.tolist() == [43]
+    assert torch.equal(memory.states, before)
+    assert model.replay(None, []).turns.tolist() == [0]
+    with pytest.raises(ValueError, match="without a token"):
+        model.replay(memory, [[3], []])
+    with pytest.raises(ValueError, match="stm_cache has shape"):
+        model.replay(random_memory(model, batch_size=2), interactions)
 
 
 def test_zero_initialised_cross_attention_reads_nothing_at_first():

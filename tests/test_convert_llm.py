@@ -1,6 +1,10 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+import json
+
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -11,6 +15,7 @@ from transformers import (
 
 from rxt_hf import RxTForCausalLM
 from rxt_hf.chat_template import CONTROL_TOKENS
+from rxt_hf.convert import from_rxlm
 from rxt_hf.convert.llm import convert_tokenizer, freeze_base, from_llm
 from rxt_hf.generation_rxt import CACHE_NAME
 
@@ -143,6 +148,152 @@ def test_a_saved_source_converts_from_its_folder(family, tmp_path):
     source = make_source(family, torch.bfloat16)
     source.save_pretrained(tmp_path)
     assert_bit_equal(computed(converted(tmp_path)), computed(source))
+
+
+def saved(folder, change=lambda tensors: None, config=None, generation=None, **options):
+    """The folder of a source whose tensors and configuration files were changed after it was saved."""
+    make_source(**options).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for name, fields in (("config.json", config), ("generation_config.json", generation)):
+        if fields is not None:
+            (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | fields))
+    return folder
+
+
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("flag", [True, False])
+@pytest.mark.parametrize("head", ["its own", "equal", "alone"])
+def test_a_head_is_what_the_files_hold_and_not_what_the_flag_says(flag, head, tmp_path):
+    def change(tensors):
+        own = randomize(torch.nn.Linear(32, 60), seed=9).weight.detach()
+        tensors[HEAD] = own if head == "its own" else tensors[TABLE].clone()
+        if head == "alone" and flag:
+            del tensors[TABLE]
+
+    saved(tmp_path, change, tie_word_embeddings=flag)
+    source = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    expected = computed(source)
+    for given in (tmp_path, source):
+        model = converted(given)
+        assert_bit_equal(computed(model), expected)
+        assert model.config.tie_word_embeddings == (flag and head != "its own")
+    model.save_pretrained(tmp_path / "rxt")
+    assert_bit_equal(computed(RxTForCausalLM.from_pretrained(tmp_path / "rxt")), expected)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_head_is_what_the_model_has_and_not_what_the_flag_says(flag):
+    source = make_source(tie_word_embeddings=not flag)
+    source.config.tie_word_embeddings = flag
+    model = converted(source)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (not flag)
+    assert_bit_equal(computed(model), computed(source))
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "named"),
+    [
+        (lambda tensors: tensors.pop(HEAD), None, "lacks lm_head.weight"),
+        (lambda tensors: tensors.pop(UP), None, f"lacks {UP}"),
+        (lambda tensors: tensors.update({UP: tensors[UP][:-1]}), None, UP),
+        (lambda tensors: tensors[UP].view(-1)[7:8].fill_(float("nan")), None, f"NaN or infinity in {UP}"),
+        (lambda tensors: tensors[UP].view(-1)[7:8].fill_(float("inf")), None, f"NaN or infinity in {UP}"),
+        (lambda tensors: None, {"num_hidden_layers": 2}, "no place in its configuration for model.layers.2"),
+        (lambda tensors: None, {"num_hidden_layers": 4}, "lacks model.layers.3"),
+        (
+            lambda tensors: None,
+            {"num_key_value_heads": 1},
+            r"self_attn.k_proj.weight \[16, 32\] in place of \[8, 32\]",
+        ),
+        (lambda tensors: None, {"vocab_size": 61}, r"embed_tokens.weight \[60, 32\] in place of \[61, 32\]"),
+        (lambda tensors: None, {"attention_bias": False}, "no place in its configuration for .*q_proj.bias"),
+        (lambda tensors: None, {"mlp_bias": False}, "no place in its configuration for .*down_proj.bias"),
+        (lambda tensors: None, {"quantization_config": {"quant_method": "awq"}}, "dequantised"),
+    ],
+)
+def test_what_the_files_lack_or_have_beside_the_configuration_is_refused_by_name(change, config, named, tmp_path):
+    with pytest.raises(ValueError, match=named):
+        converted(saved(tmp_path, change, config))
+
+
+def test_frequencies_of_old_checkpoints_are_no_unexpected_tensors(tmp_path):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    source = make_source()
+    assert_bit_equal(
+        computed(converted(saved(tmp_path, lambda tensors: tensors.update({name: torch.ones(4)})))), computed(source)
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("rms_norm_eps", 0.5, "input_layernorm.variance_epsilon is 1e-05 in place of 0.5"),
+        ("hidden_act", "gelu", "act_fn is SiLUActivation in place of GELUActivation"),
+        ("num_key_value_heads", 1, "num_key_value_groups is 2 in place of 4"),
+        ("vocab_size", 59, "vocab_size is 60 in place of 59"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 5.0}, "model.rotary_emb has other frequencies"),
+    ],
+)
+def test_a_model_that_is_not_what_its_configuration_says_is_refused_by_name(field, value, named):
+    source = make_source()
+    setattr(source.config, field, value)
+    with pytest.raises(ValueError, match=named):
+        from_llm(source)
+
+
+def test_weights_of_a_model_that_are_not_finite_are_refused_by_name():
+    source = make_source()
+    source.get_parameter(UP).data[2, 3] = float("nan")
+    with pytest.raises(ValueError, match=f"NaN or infinity in {UP}"):
+        from_llm(source)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_an_adapter_is_called_what_it_is(tmp_path):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(make_source(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        from_llm(adapted)
+    with pytest.raises(ValueError, match="LoRA layers: merge"):
+        from_llm(adapted.base_model.model)
+    adapted.save_pretrained(tmp_path)
+    for convert in (from_llm, from_rxlm):
+        with pytest.raises(ValueError, match=r"is a PEFT adapter, not a model: merge it .* or convert its base"):
+            convert(tmp_path)
+
+
+UNUSED = {"do_sample": False, "temperature": 0.9, "top_p": 0.6, "length_penalty": 2.0}
+
+
+def test_a_generation_config_that_cannot_be_written_loses_what_nothing_uses(tmp_path, caplog):
+    saved(tmp_path, generation=UNUSED | {"repetition_penalty": 1.5, "pad_token_id": -1})
+    transformers.utils.logging.enable_propagation()
+    model = converted(tmp_path)
+    transformers.utils.logging.disable_propagation()
+    assert f"The generation config of {tmp_path} sets" in caplog.text and "'temperature': 0.9" in caplog.text
+    model.save_pretrained(tmp_path / "rxt")
+    kept = json.loads((tmp_path / "rxt" / "generation_config.json").read_text())
+    assert kept["repetition_penalty"] == 1.5 and not {"temperature", "top_p", "pad_token_id"} & set(kept)
+
+
+def test_an_invalid_generation_config_is_refused_with_the_sources_name(tmp_path):
+    saved(tmp_path, generation={"do_sample": False, "num_return_sequences": 3})
+    (tmp_path / "model.safetensors").write_bytes(b"is not read")
+    with pytest.raises(ValueError, match=rf"generation config of {tmp_path} is invalid: .*num_return_sequences"):
+        from_llm(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_said_so_in_a_whole_sentence(tmp_path):
+    saved(tmp_path)
+    with pytest.raises(ValueError, match=r"holds no tokenizer that can be read, such as tokenizer.json: .*\(3\)"):
+        convert_tokenizer(tmp_path)
 
 
 @each_family

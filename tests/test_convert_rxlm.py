@@ -191,6 +191,11 @@ REFUSED = {
     "activation": ({}, {"encoder__ff_activation": "gelu"}, "ff_activation differs"),
     "head size": ({}, {"encoder__att_heads": 8}, "att_heads"),
     "no residual": ({}, {"memory_attention__disable_residual": True}, "disable_residual=True"),
+    "NaN": (
+        {"decoder.model.head.bias": torch.full((64,), torch.nan)},
+        {},
+        "NaN or infinity in decoder.model.head.bias",
+    ),
     "shape": ({"decoder.model.head.bias": torch.ones(63)}, {}, "lm_head.bias would be [63]"),
     "gap": ({f"{LAYER[:-1]}7.norm1.weight": torch.ones(32)}, {}, "decoder.model.layers.2.norm1.weight is missing"),
 }

@@ -1,9 +1,12 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """A pretrained decoder language model becomes a Reactive Transformer that computes the same until it is trained."""
 
+import contextlib
 import copy
+import json
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +15,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import find_adapter_config_file, logging
 
 from ..chat_template import CONTROL_TOKENS, add_control_tokens
 from ..configuration_rxt import RxTConfig
@@ -23,6 +28,8 @@ from ..modeling_rxt import RxTForCausalLM
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+logger = logging.get_logger(__name__)
 
 # Fields that mean the same in every family.
 _SHARED_FIELDS = (
@@ -92,6 +99,12 @@ _TENSORS: dict[str, tuple[str, ...]] = {
     for module in _LAYER_MODULES
     for kind in ("weight", "bias")
 }
+# What `generate` does not look at without sampling, and with one beam; a configuration that sets them is not written.
+_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_BEAM_FIELDS = ("early_stopping", "length_penalty")
+_INVALID_GENERATION = "The generation config of {} is invalid: {}"
+# attributes of modules that say how they run, not what they compute
+_MODES = ("training", "gradient_checkpointing")
 _VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 _FRESH = re.compile(
     r"model\.(initial_memory$|memory_attention\.|layers\.\d+\.(memory_cross_attn|memory_cross_attn_layernorm|memory_layernorm)\.)"
@@ -133,13 +146,15 @@ def from_llm(
 
     Returns: [`RxTForCausalLM`]
 
-    Raises: `ValueError` for another model type, and by name for a feature, field or tensor that is not covered.
+    Raises: `ValueError` for another model type, and by name for a feature, field or tensor that is not covered; for a
+    tensor that the source's files lack, that its configuration has no place for, or that holds NaN or infinity.
     """
+    name = str(source) if isinstance(source, str | os.PathLike) else type(source).__name__
     if isinstance(source, str | os.PathLike):
-        _check_config(AutoConfig.from_pretrained(source))
-        source = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        source = _loaded(source)
     _check_config(source.config)
     _check_model(source)
+    generation_config = _writable(source.generation_config, name)
     if refused := sorted(name for name in config_overrides if not _is_open(name)):
         raise ValueError(f"{refused} cannot be chosen: the source or an argument of from_llm decides them.")
 
@@ -147,12 +162,12 @@ def from_llm(
     fields = _decoder_fields(source.config)
     fields |= {
         "vocab_size": vocab_size,
+        "tie_word_embeddings": _is_tied(source),
         "num_memory_slots": num_memory_slots,
         "memory_layers": memory_layers,
         "memory_init_std": source.get_parameter("model.embed_tokens.weight").float().std().item(),
         "cross_attention_zero_init": True,
     }
-    generation_config = copy.deepcopy(source.generation_config)
     if tokenizer is not None:
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             fields[name] = getattr(tokenizer, name)
@@ -175,9 +190,19 @@ def convert_tokenizer(
 
     `max_length`, tokens of one interaction, defaults to the tokenizer's own limit. Ids of ordinary text are kept.
 
-    Raises: `ValueError` for a tokenizer without a `tokenizers` backend, or whose vocabulary spells a control token.
+    Raises: `ValueError` where there is no tokenizer, for one without a `tokenizers` backend, or whose vocabulary
+    spells a control token.
     """
-    given = AutoTokenizer.from_pretrained(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
+    given = tokenizer
+    if isinstance(tokenizer, str | os.PathLike):
+        try:
+            given = AutoTokenizer.from_pretrained(tokenizer)
+        except Exception as error:
+            # tokenizers raises plain `Exception`; transformers' reason is a list of several lines
+            raise ValueError(
+                f"{tokenizer} holds no tokenizer that can be read, such as tokenizer.json: "
+                f"{' '.join(str(error).split())}"
+            ) from error
     if not isinstance(given, PreTrainedTokenizerFast):
         raise ValueError(f"convert_tokenizer needs a fast tokenizer, got {type(given).__name__}.")
     return add_control_tokens(given, max_length)
@@ -237,6 +262,80 @@ def adapter_config(
     return LoraConfig(**(fields | lora_fields))
 
 
+def refuse_adapter(source: str | os.PathLike) -> None:
+    """Raises `ValueError` for what PEFT saved: a change of some model's weights, and no model."""
+    file = find_adapter_config_file(str(source))
+    if file is not None:
+        base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        raise ValueError(
+            f"{source} is a PEFT adapter, not a model: merge it into its base with merge_and_unload() and convert "
+            f"the result, or convert its base {base!r}."
+        )
+
+
+def _loaded(source: str | os.PathLike) -> PreTrainedModel:
+    """The model of a name or folder, every tensor of which is in the files; what can be refused before, is."""
+    refuse_adapter(source)
+    _check_config(AutoConfig.from_pretrained(source))
+    # without a file of its own, the configuration for generation is the default one
+    with contextlib.suppress(OSError):
+        try:
+            generation_config = GenerationConfig.from_pretrained(source)
+        except ValueError as error:
+            raise ValueError(_INVALID_GENERATION.format(source, " ".join(str(error).split()))) from error
+        _writable(generation_config, source, warn=False)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    model, info = loaded
+    problems = {
+        "lacks": sorted(info["missing_keys"]),
+        "has no place in its configuration for": sorted(info["unexpected_keys"]),
+        "has another shape than its configuration says for": [
+            f"{name} {list(found)} in place of {list(expected)}"
+            for name, found, expected in sorted(info["mismatched_keys"])
+        ],
+        "failed to load:": info["error_msgs"],
+    }
+    if found := [f"{problem} {_some(names)}" for problem, names in problems.items() if names]:
+        raise ValueError(f"The checkpoint {source} {' and '.join(found)}.")
+    return model
+
+
+def _writable(config: GenerationConfig, source: object, *, warn: bool = True) -> GenerationConfig:
+    """
+    A copy that can be saved. Fields that `generate` does not look at in its mode are dropped: models were published
+    with such fields, and transformers loads them but does not write them.
+    """
+    config = copy.deepcopy(config)
+    try:
+        config.validate(strict=True)
+        return config
+    except ValueError:
+        unused = (_SAMPLING_FIELDS if config.do_sample is not True else ()) + (
+            _BEAM_FIELDS if config.num_beams in (None, 1) else ()
+        )
+    dropped = {name: value for name in unused if (value := getattr(config, name, None)) is not None}
+    if config.pad_token_id is not None and config.pad_token_id < 0:
+        dropped["pad_token_id"] = config.pad_token_id
+    config.update(**dict.fromkeys(dropped))
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        raise ValueError(_INVALID_GENERATION.format(source, " ".join(str(error).split()))) from error
+    if warn:
+        logger.warning(f"The generation config of {source} sets {dropped}, which nothing uses: it is dropped.")
+    return config
+
+
+def _is_tied(source: PreTrainedModel) -> bool:
+    """Whether the head is the table of the embeddings: what the tensors are, not what the configuration says."""
+    table, head = (source.get_parameter(name) for name in _VOCABULARY_TENSORS)
+    if table.data_ptr() == head.data_ptr():
+        return True
+    return bool(source.config.tie_word_embeddings) and torch.equal(table, head)
+
+
 def _check_config(config: PreTrainedConfig) -> None:
     if config.model_type not in _FAMILIES:
         raise ValueError(f"from_llm converts {', '.join(_FAMILIES)}; model type {config.model_type!r} is not covered.")
@@ -244,6 +343,7 @@ def _check_config(config: PreTrainedConfig) -> None:
     foreign = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     uncovered = {
         "rope_parameters by layer type": "rope_theta" not in rope,
+        "quantization_config: load it dequantised": getattr(config, "quantization_config", None) is not None,
         "partial_rotary_factor": rope.get("partial_rotary_factor") not in (None, 1.0),
         f"layer_types {sorted(foreign)}": bool(foreign),
         # the source model does not look at them, its cache does
@@ -258,13 +358,53 @@ def _check_model(source: PreTrainedModel) -> None:
     if type(source) is not expected:
         raise ValueError(
             f"from_llm takes transformers' causal language model of type {source.config.model_type!r}, "
-            f"got {type(source).__name__}."
+            f"got {type(source).__name__}{'; merge_and_unload() gives it' if hasattr(source, 'peft_config') else ''}."
         )
+    if any(".lora_" in name for name, _ in source.named_parameters()):
+        raise ValueError("The source holds LoRA layers: merge them with merge_and_unload() of PEFT first.")
     dtypes = {parameter.dtype for parameter in source.parameters()}
     if len(dtypes) > 1 or not source.dtype.is_floating_point:
         raise ValueError(f"from_llm needs weights of one floating-point type, not quantized ones, got {dtypes}.")
     if any(parameter.is_meta for parameter in source.parameters()):
         raise ValueError("from_llm needs weights in memory: some are offloaded or on the meta device.")
+    if broken := [name for name, tensor in source.state_dict().items() if not torch.isfinite(tensor).all()]:
+        raise ValueError(f"The source holds NaN or infinity in {_some(broken)}.")
+    _check_modules(source)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _check_modules(source: PreTrainedModel) -> None:
+    """Refuses a source that computes something else than its configuration says, of which the RxT is built."""
+    with torch.device("meta"):
+        described = type(source)._from_config(copy.deepcopy(source.config), attn_implementation="eager")
+    modules = dict(source.named_modules())
+    differences = []
+    for path, expected in described.named_modules():
+        module = modules.get(path)
+        if module is None:
+            differences.append(f"{path} is missing")
+            continue
+        for name, value in vars(expected).items():
+            found = vars(module).get(name, value)
+            if not name.startswith("_") and name not in _MODES and isinstance(value, int | float | str | None):
+                differences += [f"{path}.{name} is {found!r} in place of {value!r}".lstrip(".")] * (found != value)
+        if path.endswith("act_fn") and type(module) is not type(expected):
+            differences.append(f"{path} is {type(module).__name__} in place of {type(expected).__name__}")
+    shapes = {name: tensor.shape for name, tensor in source.state_dict().items()}
+    differences += [
+        f"{name} has the shape {list(shapes[name])} in place of {list(tensor.shape)}"
+        for name, tensor in described.state_dict().items()
+        if shapes.get(name, tensor.shape) != tensor.shape
+    ]
+    rotation = source.model.rotary_emb
+    frequencies = type(rotation)(source.config).original_inv_freq.to(rotation.original_inv_freq)
+    if not torch.allclose(frequencies, rotation.original_inv_freq, rtol=1e-3):
+        differences.append("model.rotary_emb has other frequencies")
+    if differences:
+        raise ValueError(f"The source is not what its configuration says: {_some(differences)}.")
 
 
 def _is_open(name: str) -> bool:

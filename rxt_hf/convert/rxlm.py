@@ -21,6 +21,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..configuration_rxt import RxTConfig
 from ..modeling_rxt import RxTForCausalLM
+from .llm import refuse_adapter
 
 logger = logging.get_logger(__name__)
 
@@ -114,12 +115,14 @@ def from_rxlm(path, *, report=False):
     is missing, or the tensors that no rule knows.
     """
     folder = Path(path)
+    refuse_adapter(folder)
     configs, tensors = _read(folder)
     reader = _Reader(tensors)
     _refuse(_unsupported_options(configs) + _unsupported_tensors(set(tensors) - set(reader.dropped)))
     state, options = _map_checkpoint(reader, configs)
     unknown = sorted(set(tensors) - reader.used - set(reader.dropped))
     _refuse([f"unknown tensor {key}" for key in unknown])
+    _refuse([f"NaN or infinity in {key}" for key in sorted(reader.used) if not torch.isfinite(tensors[key]).all()])
 
     config = RxTConfig(**options, **_token_options(configs["tokenizer"]))
     dtype = reduce(torch.promote_types, {tensor.dtype for tensor in state.values()})

@@ -227,7 +227,12 @@ class RxTConfig(PreTrainedConfig):
         if self.layer_types is None:
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
+        # trainers take any other coefficient, in files written before too, for a sign of experts
+        if not self.num_experts:
+            self.router_aux_loss_coef = 0.0
         super().__post_init__(**kwargs)
+        # TRL reads it of every model that is not in transformers' namespace; empty, it is not saved
+        self.__dict__.setdefault("auto_map", {})
 
     def to_dict(self) -> dict[str, Any]:
         # PEFT reads this right before it looks up the default targets of a model type, whichever was imported first.
@@ -236,7 +241,10 @@ class RxTConfig(PreTrainedConfig):
         for name, mapping in list(vars(constants).items()) if constants else []:
             if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in mapping:
                 mapping.setdefault(self.model_type, mapping["llama"])
-        return super().to_dict()
+        fields = super().to_dict()
+        if not fields.get("auto_map"):
+            fields.pop("auto_map", None)
+        return fields
 
     @property
     def num_memory_layers(self) -> int:

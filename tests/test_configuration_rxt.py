@@ -1,5 +1,6 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 import dataclasses
+import json
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
@@ -53,6 +54,27 @@ REFUSED = [
 def test_a_configuration_that_fits_no_model_is_refused_naming_the_field(fields, message):
     with pytest.raises((ValueError, StrictDataclassError), match=f"(?s){message}"):
         tiny_config(**fields)
+
+
+def test_a_dense_configuration_has_no_balancing_loss_whatever_its_file_says(tmp_path):
+    assert tiny_config(router_aux_loss_coef=0.25).router_aux_loss_coef == 0.0
+    assert tiny_config(router_aux_loss_coef=0.25, num_experts=2).router_aux_loss_coef == 0.25
+    assert RxTConfig(num_experts=2).router_aux_loss_coef == 0.01
+    tiny_config().save_pretrained(tmp_path)
+    old = json.loads((tmp_path / "config.json").read_text()) | {"router_aux_loss_coef": 0.01}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert RxTConfig.from_pretrained(tmp_path).router_aux_loss_coef == 0.0
+
+
+def test_the_auto_map_is_there_is_not_shared_and_is_saved_only_if_it_says_something(tmp_path):
+    first, second = tiny_config(), tiny_config()
+    assert first.auto_map == {} and "auto_map" not in first.to_dict() and "auto_map" not in first.to_diff_dict()
+    first.save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    first.auto_map["AutoConfig"] = "configuration_rxt.RxTConfig"
+    first.save_pretrained(tmp_path)
+    assert RxTConfig.from_pretrained(tmp_path).auto_map == first.auto_map
+    assert second.auto_map == {}
 
 
 def test_what_is_not_given_is_derived_from_what_is():

@@ -24,7 +24,7 @@ import shutil
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree
@@ -270,7 +270,7 @@ class STMCache:
         return cls._read(io.BytesIO(data), len(data), "The memory", model, device)
 
     @classmethod
-    def _read(cls, file: BinaryIO, size: int, name: str, model: Any, device: Any) -> "STMCache":
+    def _read(cls, file: io.BufferedIOBase, size: int, name: str, model: Any, device: Any) -> "STMCache":
         header = _read_header(file, size, name)
         if model is not None:
             _check_model(header, model, name)
@@ -455,7 +455,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _read_header(file: BinaryIO, size: int, path: str) -> _Header:
+def _read_header(file: io.BufferedIOBase, size: int, path: str) -> _Header:
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
         limit = f"expected at most {MAX_HEADER_BYTES} and no more than the file holds"

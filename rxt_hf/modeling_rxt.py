@@ -37,7 +37,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
 )
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
@@ -149,18 +149,31 @@ class RxTRMSNorm(nn.Module):
 
 
 class RxTRotaryEmbedding(nn.Module):
+    """
+    Cosine and sine of positions, (batch, tokens, head_dim) each. A forward changes nothing here, so that threads share
+    one module: of the rope types whose frequencies depend on the length ("longrope", "dynamic"), each row has those of
+    its own length, whatever came before it or stands beside it.
+    """
+
     def __init__(self, config: RxTConfig):
         super().__init__()
-        self.max_seq_len_cached = config.max_position_embeddings
-        self.original_max_seq_len = config.max_position_embeddings
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
-        rope_init_fn: Callable = self.compute_default_rope_parameters
-        if self.rope_type != "default":
-            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = rope_init_fn(config)
-        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
-        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+        self.attention_scaling = self.rope_init_fn(config)[1]
+        for name, frequencies in self.initial_frequencies().items():
+            self.register_buffer(name, frequencies, persistent=False)
+
+    @property
+    def rope_init_fn(self) -> Callable:
+        return ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+
+    def initial_frequencies(self) -> dict[str, torch.Tensor]:
+        """What each buffer holds: the frequencies, and for "longrope" those of long interactions."""
+        frequencies = {"inv_freq": self.rope_init_fn(self.config)[0]}
+        if self.rope_type == "longrope":
+            beyond = self.config.rope_parameters["original_max_position_embeddings"] + 1
+            frequencies["long_inv_freq"] = self.rope_init_fn(self.config, seq_len=beyond)[0]
+        return frequencies
 
     @staticmethod
     def compute_default_rope_parameters(config: RxTConfig, **kwargs) -> tuple[torch.Tensor, float]:
@@ -168,10 +181,22 @@ class RxTRotaryEmbedding(nn.Module):
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
         return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
 
+    def frequencies(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Of (head_dim / 2,), or (batch, 1, head_dim / 2) where they depend on the length."""
+        if self.rope_type not in ("longrope", "dynamic"):
+            return self.inv_freq
+        lengths = position_ids.amax(-1, keepdim=True) + 1
+        if self.rope_type == "longrope":
+            longest, grown = self.config.rope_parameters["original_max_position_embeddings"], self.long_inv_freq
+        else:
+            longest = self.config.max_position_embeddings
+            grown, _ = self.rope_init_fn(self.config, position_ids.device, seq_len=lengths)
+        return torch.where(lengths > longest, grown, self.inv_freq).unsqueeze(1)
+
     @torch.no_grad()
-    @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        inv_freq = self.frequencies(position_ids).to(device=x.device, dtype=torch.float)
+        freqs = position_ids[..., None].float() * inv_freq
         emb = torch.cat((freqs, freqs), dim=-1)
         cos = emb.cos() * self.attention_scaling
         sin = emb.sin() * self.attention_scaling
@@ -757,6 +782,9 @@ class RxTPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.down_proj_bias)
         elif isinstance(module, RxTTopKRouter):
             init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, RxTRotaryEmbedding):
+            for name, frequencies in module.initial_frequencies().items():
+                init.copy_(getattr(module, name), frequencies)
         elif isinstance(module, RxTModel) and module.initial_memory is not None:
             init.normal_(module.initial_memory, mean=0.0, std=self.config.memory_init_std)
 

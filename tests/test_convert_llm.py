@@ -1,4 +1,5 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+import copy
 import json
 
 import pytest
@@ -128,6 +129,21 @@ def test_settings_that_no_logit_shows_are_kept_too():
     assert model.generation_config.to_dict() == source.generation_config.to_dict()
     assert model.generation_config is not source.generation_config
     assert model.training and not converted(source.eval()).training
+
+
+@pytest.mark.parametrize("rope_type", ["longrope", "dynamic"])
+def test_frequencies_that_depend_on_the_length_are_the_sources_after_any_other_length(rope_type):
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0}
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 16}
+    sizes = SIZES | {"max_position_embeddings": 64 if rope_type == "longrope" else 16}
+    source = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, rope_parameters=rope)).eval()
+    randomize(source, seed=2)
+    model = from_llm(source, num_memory_slots=5).eval()
+    for tokens in (8, 17, 40, 8, 16):
+        ids = torch.randint(3, 60, (2, tokens), generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, copy.deepcopy(source)(ids).logits), tokens
 
 
 def test_frequencies_that_a_cast_rounded_in_the_source_stay_float32():

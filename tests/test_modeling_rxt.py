@@ -3,6 +3,7 @@
 
 import copy
 import functools
+import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -677,3 +678,56 @@ def test_turn_and_write_compiled_by_inductor_equal_the_plain_ones(memory):
     write = torch.compile(model.model.write, fullgraph=True)
     embeds = model.get_input_embeddings()(IDS)
     close(write(memory.states, embeds, LEFT), model.update_memory(memory, IDS, LEFT).states)
+
+
+# ---- positions whose frequencies depend on the length
+
+GROWING_ROPES = {
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 16},
+    "dynamic": {"factor": 3.0},
+}
+each_growing_rope = pytest.mark.parametrize("rope_type", GROWING_ROPES)
+
+
+def growing_rope_model(rope_type):
+    rope = {"rope_type": rope_type, "rope_theta": 1e4, "factor": 4.0, **GROWING_ROPES[rope_type]}
+    return tiny_model(rope_parameters=rope, max_position_embeddings=64 if rope_type == "longrope" else 16)
+
+
+@each_growing_rope
+def test_threads_with_short_and_long_interactions_do_not_change_each_others_positions(rope_type):
+    model = growing_rope_model(rope_type)
+    prompts, wrong = [random_ids(1, tokens) for tokens in (8, 40)], [0, 0]
+    expected = [model.update_memory(None, ids).states for ids in prompts]
+    assert not torch.equal(*(model.model.rotary_emb.frequencies(torch.arange(n)[None]) for n in (8, 40)))
+
+    def turns(index):
+        with torch.no_grad():
+            for _ in range(200):
+                wrong[index] += not torch.equal(model.update_memory(None, prompts[index]).states, expected[index])
+
+    threads = [threading.Thread(target=turns, args=(index,)) for index in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [0, 0]
+
+
+@each_growing_rope
+def test_a_long_row_changes_the_positions_of_a_short_one_by_nothing(rope_type):
+    model = growing_rope_model(rope_type)
+    ids, mask = random_ids(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[1, :34] = 0
+    together = model(ids, attention_mask=mask).logits[1, 34:]
+    close(together, model(ids[1:, 34:]).logits[0])
+
+
+@each_growing_rope
+def test_frequencies_that_depend_on_the_length_survive_a_load_and_a_move(rope_type, tmp_path):
+    model = growing_rope_model(rope_type)
+    model.save_pretrained(tmp_path)
+    loaded = RxTForCausalLM.from_pretrained(tmp_path)
+    ids = random_ids(1, 40)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert {buffer.device.type for buffer in loaded.to("meta").buffers()} == {"meta"}

@@ -28,10 +28,10 @@ from rxt_hf.data.collator import RxTEpisodeCollator, RxTPreTrainingCollator
 from rxt_hf.data.facts import corpus_texts, generate_dialogue
 from rxt_hf.evaluation.recall import FIRST_TEST_SEED, effective_rank, recall
 from rxt_hf.evaluation.speed import environment, markdown_table
-from rxt_hf.modeling_rxt import RxTForPreTraining
 from rxt_hf.training.fact_dialogues import MIX as FACT_MIX
 from rxt_hf.training.fact_dialogues import encode_dialogue
 from rxt_hf.training.loop import MuonAdamW, learning_rate_factor
+from rxt_hf.training.pretraining import RxTForPreTraining
 from rxt_hf.training.stages import set_training_stage
 
 MODEL: dict[str, Any] = {

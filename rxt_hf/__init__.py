@@ -8,7 +8,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from .cache_rxt import StateError, STMCache
 from .configuration_rxt import RxTConfig
-from .modeling_rxt import RxTForCausalLM, RxTForPreTraining, RxTModel, RxTPreTrainedModel
+from .modeling_rxt import RxTForCausalLM, RxTModel, RxTPreTrainedModel
+from .training.pretraining import RxTForPreTraining
 
 __version__ = "0.1.0"
 # folder of the shipped demo model; loads like any other

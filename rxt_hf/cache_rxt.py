@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 try:
     import fcntl
@@ -581,4 +582,25 @@ if STMCache not in _pytree.SUPPORTED_NODES:
     )
 
 
-__all__ = ["STMCache", "StateError", "as_stm_cache"]
+class TurnCache(EncoderDecoderCache):
+    """
+    Keys and values of one turn: those of its tokens, and those of the memory that the turn was started with, which it
+    also remembers, so that another memory within the turn is noticed.
+    """
+
+    def __init__(self, *caches: Any):
+        super().__init__(*caches)
+        self.memory_given: STMCache | torch.Tensor | None = None
+        self.memory_states: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, cache: Cache | None) -> Cache | None:
+        """An `EncoderDecoderCache` as one of ours that shares all its parts; any other cache as it is."""
+        if not isinstance(cache, EncoderDecoderCache) or isinstance(cache, cls):
+            return cache
+        shared = cls(cache.self_attention_cache, cache.cross_attention_cache)
+        shared.is_updated = cache.is_updated
+        return shared
+
+
+__all__ = ["STMCache", "StateError", "TurnCache", "as_stm_cache"]

@@ -21,7 +21,7 @@ from functools import lru_cache
 from typing import Literal
 
 import torch
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import DynamicCache
 from transformers.generation import (
     GenerateBeamDecoderOnlyOutput,
     GenerateDecoderOnlyOutput,
@@ -29,10 +29,7 @@ from transformers.generation import (
     GenerationMixin,
 )
 
-from .cache_rxt import PendingSTMCache, STMCache, as_stm_cache
-
-# transformers' name of the keys and values within a turn, as an argument and in outputs; `past_key_values` until 5.23
-CACHE_NAME = "cache" if hasattr(GenerateDecoderOnlyOutput, "cache") else "past_key_values"
+from .cache_rxt import PendingSTMCache, STMCache, TurnCache, as_stm_cache
 
 
 @dataclass
@@ -115,7 +112,6 @@ class RxTGenerationMixin(GenerationMixin):
         if not isinstance(update_memory, bool) and update_memory != "async":
             raise ValueError(f'update_memory must be True, False or "async", got {update_memory!r}.')
 
-        kwargs = {CACHE_NAME if name == "cache" else name: value for name, value in kwargs.items()}
         ids = kwargs.get("input_ids") if inputs is None else inputs
         embeds = kwargs.get("inputs_embeds")
         prompt_mask = self._prompt_mask(ids, embeds, kwargs.get("attention_mask"), config)
@@ -223,9 +219,9 @@ class RxTGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Adds the cross part, which the first forward fills with the memory's keys and values."""
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        cache = model_kwargs.get(CACHE_NAME)
-        if cache is not None and not isinstance(cache, EncoderDecoderCache):
-            model_kwargs[CACHE_NAME] = EncoderDecoderCache(cache, DynamicCache())
+        cache = TurnCache.of(model_kwargs.get("cache"))
+        if cache is not None:
+            model_kwargs["cache"] = cache if isinstance(cache, TurnCache) else TurnCache(cache, DynamicCache())
 
     def _get_candidate_generator(self, *args, assistant_model=None, model_kwargs=None, **kwargs):
         """A draft model of another family has no memory to read."""

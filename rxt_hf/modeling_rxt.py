@@ -13,9 +13,7 @@
 # limitations under the License.
 """The Reactive Transformer (arXiv 2510.03561): decoder, memory encoder, memory attention, and the causal LM."""
 
-import contextlib
 import hashlib
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -41,12 +39,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .cache_rxt import StateError, STMCache, as_stm_cache
+from .cache_rxt import StateError, STMCache, TurnCache, as_stm_cache
 from .configuration_rxt import RxTConfig
-from .generation_rxt import CACHE_NAME, RxTGenerationMixin
+from .episode_rxt import RxTEpisodeLossMixin, RxTEpisodeMixin, missing_turns, pad_turns
+from .generation_rxt import RxTGenerationMixin
 
 logger = logging.get_logger(__name__)
 
@@ -62,7 +62,7 @@ class RxTModelOutputWithPast(BaseModelOutputWithPastAndCrossAttentions):
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, tokens, hidden_size)`):
             Hidden states after the last layer and norm; `(batch_size, turns, tokens, hidden_size)` for an episode.
         cache (`EncoderDecoderCache`, *optional*): keys and values of this interaction; the cross part holds
-            those of the memory. `past_key_values` before transformers 5.24.
+            those of the memory.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): input and output of each decoder layer.
         attentions (`tuple(torch.FloatTensor)`, *optional*): weights of each self-attention.
         cross_attentions (`tuple(torch.FloatTensor)`, *optional*): weights of each memory cross-attention, of shape
@@ -99,31 +99,6 @@ class RxTCausalLMOutputWithPast(CausalLMOutputWithCrossAttentions):
     aux_loss: torch.FloatTensor | None = None
     last_hidden_state: torch.FloatTensor | None = None
     stm_cache: STMCache | None = None
-
-
-@auto_docstring
-@dataclass
-class RxTForPreTrainingOutput(RxTCausalLMOutputWithPast):
-    r"""
-    Output of [`RxTForPreTraining`]; of a memory loss, only `loss` and `stm_cache` are set.
-
-    Args:
-        loss (`torch.FloatTensor` of shape `(1,)`, *optional*): the sum of the stage's losses.
-        logits (`torch.FloatTensor`, *optional*): the decoder's, see [`RxTCausalLMOutputWithPast`].
-        cache (`EncoderDecoderCache`, *optional*): not set.
-        hidden_states (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
-        attentions (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
-        cross_attentions (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
-        router_logits (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
-        aux_loss (`torch.FloatTensor`, *optional*): see [`RxTCausalLMOutputWithPast`].
-        last_hidden_state (`torch.FloatTensor`, *optional*): what the head was given.
-        stm_cache (`STMCache`, *optional*): of a memory loss, the memory after the last turn.
-        mlm_loss (`torch.FloatTensor`, *optional*): the memory encoder's loss on masked tokens, without its weight.
-        mlm_logits (`torch.FloatTensor` of shape `(batch_size, tokens, vocab_size)`, *optional*): its predictions.
-    """
-
-    mlm_loss: torch.FloatTensor | None = None
-    mlm_logits: torch.FloatTensor | None = None
 
 
 def upcast(tensor: torch.Tensor) -> torch.Tensor:
@@ -796,7 +771,7 @@ class RxTPreTrainedModel(PreTrainedModel):
 
 
 @auto_docstring
-class RxTModel(RxTPreTrainedModel):
+class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
     """The decoder with its memory encoder and memory attention; no head."""
 
     def __init__(self, config: RxTConfig):
@@ -887,6 +862,7 @@ class RxTModel(RxTPreTrainedModel):
         new_states = self.memory_attention(states, keys_values, mask, varlen)
         return torch.where(active[:, None, None, None], new_states, states)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
@@ -901,7 +877,6 @@ class RxTModel(RxTPreTrainedModel):
         stm_cache: STMCache | torch.Tensor | None = None,
         memory_mask: torch.Tensor | None = None,
         write_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RxTModelOutputWithPast:
         r"""
@@ -914,10 +889,7 @@ class RxTModel(RxTPreTrainedModel):
             a memory encoder.
         write_mask (`torch.Tensor` of shape `(batch_size, turns)`, *optional*):
             0 for the turns of an episode that are read under the memory and not written into it.
-        past_key_values (`EncoderDecoderCache`, *optional*):
-            The name of `cache` before transformers 5.24.
         """
-        cache = given_cache(cache, past_key_values)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
@@ -926,26 +898,10 @@ class RxTModel(RxTPreTrainedModel):
         check_mask_shape(attention_mask, inputs_embeds, cache)
 
         if inputs_embeds.dim() == 4:
-            if cache is not None:
-                raise ValueError(
-                    "An episode of (batch, turns, tokens) keeps no cache of keys and values; pass one turn."
-                )
-            if memory_mask is not None:
-                raise ValueError("memory_mask is for one turn under a given memory; an episode reads what it writes.")
-            states, turns, fingerprint = self._read(stm_cache, batch_size)
-            if write_mask is None:
-                write_mask = attention_mask
-            else:
-                write_mask = write_mask.unsqueeze(-1).expand(inputs_embeds.shape[:-1])
-                write_mask = write_mask if attention_mask is None else write_mask * attention_mask
-            read_states, states = self.read_states(inputs_embeds, attention_mask, write_mask, states)
-            mask = None if attention_mask is None else attention_mask.flatten(0, 1)
-            hidden_states = self.decode(inputs_embeds.flatten(0, 1), read_states.flatten(0, 1), mask, **kwargs)
-            written = inputs_embeds.shape[1] if write_mask is None else write_mask.any(-1).sum(-1)
-            return RxTModelOutputWithPast(
-                last_hidden_state=hidden_states.unflatten(0, inputs_embeds.shape[:2]),
-                stm_cache=STMCache(states, turns=turns.to(states.device) + written, fingerprint=fingerprint),
+            last_hidden_state, stm_cache = self.read_episode(
+                inputs_embeds, attention_mask, stm_cache, write_mask, cache=cache, memory_mask=memory_mask, **kwargs
             )
+            return RxTModelOutputWithPast(last_hidden_state=last_hidden_state, stm_cache=stm_cache)
 
         if write_mask is not None:
             raise ValueError("write_mask is for an episode of (batch, turns, tokens); one turn writes nothing here.")
@@ -954,10 +910,10 @@ class RxTModel(RxTPreTrainedModel):
                 "memory_mask needs an stm_cache that is a tensor of (batch_size, layers, slots, hidden_size), "
                 f"got {type(stm_cache).__name__}."
             )
-        if use_cache and cache is None:
-            cache = EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
+        cache = TurnCache(DynamicCache(config=self.config), DynamicCache()) if use_cache and cache is None else cache
+        cache = TurnCache.of(cache)
         states = None
-        if isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(0):
+        if isinstance(cache, TurnCache) and cache.is_updated.get(0):
             self._check_memory_unchanged(stm_cache, cache, batch_size)
         else:
             given = stm_cache
@@ -966,7 +922,7 @@ class RxTModel(RxTPreTrainedModel):
                 stm_cache = STMCache(states, turns=turns, fingerprint=fingerprint)
             else:
                 states, stm_cache = given, None
-            if isinstance(cache, EncoderDecoderCache):
+            if isinstance(cache, TurnCache):
                 cache.memory_given, cache.memory_states = given, states
         hidden_states = self.decode(
             inputs_embeds,
@@ -977,7 +933,7 @@ class RxTModel(RxTPreTrainedModel):
             memory_mask=memory_mask,
             **kwargs,
         )
-        return RxTModelOutputWithPast(last_hidden_state=hidden_states, stm_cache=stm_cache, **{CACHE_NAME: cache})
+        return RxTModelOutputWithPast(last_hidden_state=hidden_states, stm_cache=stm_cache, cache=cache)
 
     def _read(self, stm_cache, batch_size):
         """States, turns and fingerprint of the given memory, or those before the first interaction."""
@@ -990,43 +946,20 @@ class RxTModel(RxTPreTrainedModel):
 
     def _check_memory_unchanged(self, stm_cache, cache, batch_size):
         """Within a turn the memory is fixed: `cache` holds its keys and values."""
-        known = getattr(cache, "memory_given", None)
         # the same object, as in every step of generate, needs no look inside
-        if stm_cache is None or stm_cache is known or torch.compiler.is_compiling():
+        if stm_cache is None or stm_cache is cache.memory_given or torch.compiler.is_compiling():
             return
         states, read = self._read(stm_cache, batch_size)[0], cache.memory_states
+        if read is None:
+            raise ValueError(
+                "The cache does not know which memory its keys and values are of: go on with the cache that the model "
+                "returned, or give no stm_cache."
+            )
         if states is not read and not (states.shape == read.shape and torch.equal(states, read)):
             raise ValueError(
                 "The cache holds the keys and values of another memory than the stm_cache given: pass the memory "
                 "that this turn was started with, or start a new turn without a cache."
             )
-
-    def _carried(self, states, turn):
-        """What the write of that turn takes of the memory: cut off from the graph at every `bptt_turns`-th turn."""
-        ends = self.config.bptt_turns and turn and turn % self.config.bptt_turns == 0
-        return states.detach() if ends else states
-
-    def read_states(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        write_mask: torch.Tensor | None,
-        states: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        What each turn of an episode `inputs_embeds` of (batch_size, turns, tokens, hidden_size) reads, of
-        (batch_size, turns, num_memory_layers, num_memory_slots, hidden_size), and the memory after the last. The same
-        numbers as turn by turn: all turns are encoded at once, and only the writes are in sequence. `write_mask`, as
-        `attention_mask` of (batch_size, turns, tokens), is 0 at tokens that are not written.
-        """
-        flat_mask = None if attention_mask is None else attention_mask.flatten(0, 1)
-        keys_values_by_turn = by_turn(self.encode(inputs_embeds.flatten(0, 1), flat_mask), inputs_embeds.shape[1])
-        read = []
-        for turn, keys_values in enumerate(keys_values_by_turn):
-            read.append(states)
-            turn_mask = None if write_mask is None else write_mask[:, turn]
-            states = self._write(self._carried(states, turn), keys_values, turn_mask)
-        return torch.stack(read, dim=1), states
 
     def decode(
         self,
@@ -1050,7 +983,7 @@ class RxTModel(RxTPreTrainedModel):
             "config": self.config,
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
-            CACHE_NAME: cache,
+            "cache": cache,
             "position_ids": position_ids,
         }
         masks = attention_mask
@@ -1081,15 +1014,6 @@ class RxTModel(RxTPreTrainedModel):
         return self.norm(hidden_states)
 
 
-def given_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache by whichever name it was given; the older name warns where transformers' own models do."""
-    if past_key_values is None:
-        return cache
-    if CACHE_NAME == "cache" and not torch.compiler.is_compiling():
-        warnings.warn("`past_key_values` is deprecated, use `cache` instead.", FutureWarning, stacklevel=3)
-    return past_key_values if cache is None else cache
-
-
 def positions_in_interaction(attention_mask, inputs_embeds, cache=None) -> torch.Tensor:
     """Index of each token among the real tokens of its interaction, so that padding on any side changes nothing."""
     length = inputs_embeds.shape[1]
@@ -1114,48 +1038,6 @@ def check_mask_shape(attention_mask, inputs_embeds, cache) -> None:
             f"attention_mask of shape {tuple(attention_mask.shape)} does not fit an interaction of shape "
             f"{tuple(expected)}."
         )
-
-
-def by_turn(keys_values, turns):
-    """For each turn its keys and values of every layer, from those of (batch_size * turns) rows."""
-    split = [[part.unflatten(0, (-1, turns)).unbind(1) for part in pair] for pair in keys_values]
-    return [[(keys[turn], values[turn]) for keys, values in split] for turn in range(turns)]
-
-
-@contextlib.contextmanager
-def whole_layers(module: nn.Module):
-    """For turns that are recomputed as a whole: their layers would be recomputed once more each."""
-    layers = [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
-    settings = [layer.gradient_checkpointing for layer in layers]
-    for layer in layers:
-        layer.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for layer, setting in zip(layers, settings, strict=True):
-            layer.gradient_checkpointing = setting
-
-
-def missing_turns(module: nn.Module, episode: torch.Tensor) -> int:
-    """
-    How many turns fewer than on another rank an episode of (batch_size, turns, ...) has here. Ranks that each hold a
-    part of every parameter (FSDP2, ZeRO-3) gather it together, so all of them must call every layer equally often.
-    """
-    distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized():
-        return 0
-    if not any(hasattr(part, "full_tensor") or hasattr(part, "ds_id") for part in module.parameters()):
-        return 0
-    most = torch.tensor(episode.shape[1], device=episode.device)
-    distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
-    return int(most) - episode.shape[1]
-
-
-def pad_turns(episode: torch.Tensor | None, missing: int, value: int = 0) -> torch.Tensor | None:
-    """(batch_size, turns, ...) with so many turns more."""
-    if episode is None or not missing:
-        return episode
-    return torch.cat([episode, episode.new_full((len(episode), missing, *episode.shape[2:]), value)], dim=1)
 
 
 def packed(keys_values, attention_mask, slots):
@@ -1191,7 +1073,7 @@ def load_balancing_loss(router_logits, num_experts, top_k, attention_mask=None):
 
 
 @auto_docstring
-class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
+class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTEpisodeLossMixin):
     """
     A Reactive Transformer with a language-model head. `AutoModel` and `AutoModelForCausalLM` both load it: the memory
     belongs to the model, and `generate` to the memory.
@@ -1309,6 +1191,7 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
             raise StateError("The replay produced values that are not finite; the old memory is unchanged.")
         return old.replace(states.clone() if states is old.states else states, turns=old.turns + len(interactions))
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     @auto_docstring
     def forward(
@@ -1323,7 +1206,6 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
         stm_cache: STMCache | torch.Tensor | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RxTCausalLMOutputWithPast:
         r"""
@@ -1338,7 +1220,6 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
             stm_cache ([`STMCache`] or `torch.Tensor`, *optional*): the memory to read; by default the initial one.
             cache (`EncoderDecoderCache`, *optional*): keys and values of this interaction so far, and those of the
                 memory.
-            past_key_values (`EncoderDecoderCache`, *optional*): the name of `cache` before transformers 5.24.
 
         Returns: [`RxTCausalLMOutputWithPast`]
 
@@ -1375,10 +1256,10 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
                 kwargs["write_mask"] = pad_turns(kwargs["write_mask"], missing)
         recompute = is_episode and labels is not None and self.model.gradient_checkpointing and self.training
         # the routers' loss is one over all turns, so an episode that takes it recomputes by layer, not by turn
-        cache = given_cache(cache, past_key_values)
         if recompute and not output_router_logits and kwargs.get("write_mask") is None and cache is None:
             embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            return self._recomputed_episode(embeds, attention_mask, labels, stm_cache, **kwargs)
+            loss, stm_cache = self.recomputed_episode(embeds, attention_mask, labels, stm_cache, **kwargs)
+            return RxTCausalLMOutputWithPast(loss=loss, stm_cache=stm_cache)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1414,7 +1295,7 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
         return RxTCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            **{CACHE_NAME: outputs.get(CACHE_NAME)},
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
@@ -1424,162 +1305,5 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin):
             stm_cache=outputs.stm_cache,
         )
 
-    def _recomputed_episode(self, inputs_embeds, attention_mask, labels, stm_cache, num_items_in_batch=None, **kwargs):
-        """
-        The episode's loss with each turn recomputed in the backward pass: between turns only the memory is kept, so
-        that peak memory hardly grows with the number of turns. No logits are returned.
-        """
-        states, turns, fingerprint = self.model._read(stm_cache, inputs_embeds.shape[0])
-        masks = torch.ones_like(labels) if attention_mask is None else attention_mask
-        if num_items_in_batch is None:
-            num_items_in_batch = (labels[..., 1:] != -100).sum().clamp(min=1)
 
-        def turn_loss(index, states, embeds, mask, turn_labels):
-            with whole_layers(self.model):
-                logits = self.lm_head(self.model.decode(embeds, states, mask, **kwargs))
-                written = self.model.write(self.model._carried(states, index), embeds, mask)
-            loss = self.loss_function(
-                logits=logits,
-                labels=turn_labels,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-            )
-            return loss, written
-
-        loss = 0.0
-        # one unbind: its gradient is one stack, where indexing would make a full-sized gradient for every turn
-        turns_of = zip(inputs_embeds.unbind(1), masks.unbind(1), labels.unbind(1), strict=True)
-        for index, turn in enumerate(turns_of):
-            turn_value, states = self.model._gradient_checkpointing_func(turn_loss, index, states, *turn)
-            loss = loss + turn_value
-        stm_cache = STMCache(states, turns=turns.to(states.device) + masks.any(-1).sum(-1), fingerprint=fingerprint)
-        return RxTCausalLMOutputWithPast(loss=loss, stm_cache=stm_cache)
-
-
-def resampled(states: torch.Tensor, attention_mask: torch.Tensor, num_slots: int) -> torch.Tensor:
-    """The real tokens of (batch_size, tokens, width), in order, interpolated to (batch_size, num_slots, width)."""
-    real_first = attention_mask.long().argsort(dim=-1, descending=True, stable=True)
-    last = (attention_mask.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-    places = (torch.arange(num_slots, device=states.device) + 0.5) / num_slots * (last + 1) - 0.5
-    places = places.clamp(min=0).minimum(last)
-    below = places.long()
-    above = (below + 1).minimum(last)
-    below, above = (
-        states.gather(1, real_first.gather(1, index).unsqueeze(-1).expand(-1, -1, states.shape[-1]))
-        for index in (below, above)
-    )
-    return torch.lerp(below, above, places.frac().unsqueeze(-1).to(states.dtype))
-
-
-@auto_docstring
-class RxTForPreTraining(RxTForCausalLM):
-    """
-    The training stages before dialogues (arXiv 2510.03561, supervised curriculum), with the weights of
-    [`RxTForCausalLM`] and no others: what one saves the other loads.
-
-    Given `masked_input_ids`, joint pre-training or fine-tuning: the memory encoder predicts the masked tokens, and the
-    decoder predicts the tokens while it reads the encoder's states, detached and with noise, as if they were a memory.
-
-    Given an episode of `(batch_size, turns, tokens)`, pre-training of the memory attention: after each turn the memory
-    should point where a mix of itself and of the encoded turn points, tokens interpolated to slots.
-    """
-
-    def __init__(self, config: RxTConfig):
-        super().__init__(config)
-        self.loss_type = "ForCausalLM"
-
-    @can_return_tuple
-    @auto_docstring
-    def forward(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        masked_input_ids: torch.LongTensor | None = None,
-        mlm_targets: torch.LongTensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> RxTForPreTrainingOutput:
-        r"""
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, tokens)` or `(batch_size, turns, tokens)`): what the
-                decoder reads, or an episode to write.
-            attention_mask (`torch.Tensor` of the same shape, *optional*): 0 at padding.
-            labels (`torch.LongTensor` of the same shape, *optional*): the decoder's targets; -100 where no loss is
-                taken. An episode has none.
-            masked_input_ids (`torch.LongTensor` of shape `(batch_size, tokens)`): `input_ids` with some tokens masked.
-            mlm_targets (`torch.LongTensor` of the same shape, *optional*): the masked tokens, and -100 elsewhere.
-            num_items_in_batch (`torch.Tensor` or `int`, *optional*): labels in all batches of an optimizer step.
-
-        Returns: [`RxTForPreTrainingOutput`]
-        """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        # the part of this batch in an optimizer step over several
-        share = 1.0
-        if labels is not None and num_items_in_batch is not None:
-            share = labels[..., 1:].ne(-100).sum() / num_items_in_batch
-        if input_ids.dim() == 3:
-            missing = missing_turns(self, input_ids)
-            loss, stm_cache = self._memory_loss(pad_turns(input_ids, missing), pad_turns(attention_mask, missing))
-            return RxTForPreTrainingOutput(loss=loss * share, stm_cache=stm_cache)
-        if masked_input_ids is None:
-            raise ValueError(
-                "RxTForPreTraining needs masked_input_ids beside input_ids of (batch_size, tokens), or an episode of "
-                "(batch_size, turns, tokens)."
-            )
-        encoded_states, _ = self.model.encoded_states(self.model.embed_tokens(masked_input_ids), attention_mask)
-        memory_states = torch.stack(encoded_states, dim=1).detach()
-        if self.training:
-            size = upcast(memory_states).pow(2).mean(-1, keepdim=True).sqrt()
-            noise = torch.randn_like(memory_states) * size.to(memory_states.dtype)
-            memory_states = memory_states + self.config.memory_noise_std * noise
-        output = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            labels=labels,
-            use_cache=False,
-            stm_cache=memory_states,
-            memory_mask=attention_mask,
-            num_items_in_batch=num_items_in_batch,
-            return_dict=True,
-            **kwargs,
-        )
-        last_states = F.rms_norm(encoded_states[-1], encoded_states[-1].shape[-1:], eps=self.config.rms_norm_eps)
-        mlm_logits, mlm_loss = self.lm_head(last_states), None
-        fields = dict(output)
-        loss = fields.pop("loss", None)
-        if mlm_targets is not None:
-            targets = mlm_targets.flatten()
-            mlm_loss = F.cross_entropy(upcast(mlm_logits.flatten(0, -2)), targets, ignore_index=-100, reduction="sum")
-            mlm_loss = mlm_loss / targets.ne(-100).sum().clamp(min=1)
-            loss = (0.0 if loss is None else loss) + self.config.mlm_loss_coef * share * mlm_loss
-        return RxTForPreTrainingOutput(loss=loss, mlm_loss=mlm_loss, mlm_logits=mlm_logits, **fields)
-
-    def _memory_loss(self, input_ids, attention_mask):
-        """Mean over turns, layers and slots of 1 - cosine of the memory and its target, and the memory at the end."""
-        batch_size, turns, _ = input_ids.shape
-        embeds, mask = self.model.embed_tokens(input_ids).flatten(0, 1), attention_mask.flatten(0, 1)
-        encoded_states, position_embeddings = self.model.encoded_states(embeds, mask)
-        keys_values = self.model.memory_attention.keys_values(encoded_states, position_embeddings)
-        # memory and encoder differ in scale: only directions are mixed
-        encoded_states = torch.stack(
-            [
-                F.normalize(resampled(states.detach(), mask, self.config.num_memory_slots), dim=-1)
-                for states in encoded_states
-            ],
-            dim=1,
-        ).unflatten(0, (batch_size, turns))
-        active = attention_mask.any(dim=-1)
-        states, loss = self.model.initial_states(batch_size), 0.0
-        for turn, turn_keys_values in enumerate(by_turn(keys_values, turns)):
-            # the first turn is nearly all that there is to remember; later ones are less and less of it
-            weight = 0.9 if turn == 0 else max(0.5 - 0.05 * turn, 0.1)
-            target = torch.lerp(F.normalize(states.detach(), dim=-1), encoded_states[:, turn], weight)
-            states = self.model._write(self.model._carried(states, turn), turn_keys_values, attention_mask[:, turn])
-            distance = 1.0 - F.cosine_similarity(upcast(states), upcast(target), dim=-1)
-            loss = loss + (distance.mean(dim=(1, 2)) * active[:, turn]).sum()
-        return loss / active.sum().clamp(min=1), STMCache(states, turns=active.sum(-1))
-
-
-__all__ = ["RxTForCausalLM", "RxTForPreTraining", "RxTModel", "RxTPreTrainedModel"]
+__all__ = ["RxTForCausalLM", "RxTModel", "RxTPreTrainedModel"]

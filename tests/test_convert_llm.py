@@ -18,7 +18,6 @@ from rxt_hf import RxTForCausalLM
 from rxt_hf.chat_template import CONTROL_TOKENS
 from rxt_hf.convert import from_rxlm
 from rxt_hf.convert.llm import convert_tokenizer, freeze_base, from_llm
-from rxt_hf.generation_rxt import CACHE_NAME
 
 from .models import random_memory
 from .reference_rxt import randomize
@@ -86,11 +85,11 @@ def computed(model):
             PROMPT[:, start:end],
             attention_mask=MASK[:, :end],
             position_ids=position_ids[:, start:end],
-            **{CACHE_NAME: cache},
+            cache=cache,
             use_cache=True,
             **fields,
         )
-        cache = out[CACHE_NAME]
+        cache = out.cache
         found.append(out.logits)
     tokens = model.generate(**INPUTS, **fields, max_new_tokens=4, do_sample=False, pad_token_id=0)
     return [*found, getattr(tokens, "sequences", tokens)]

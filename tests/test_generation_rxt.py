@@ -19,7 +19,7 @@ from transformers.generation import (
 )
 
 from rxt_hf import STMCache
-from rxt_hf.generation_rxt import CACHE_NAME, RxTGenerateBeamOutput, RxTGenerateOutput
+from rxt_hf.generation_rxt import RxTGenerateBeamOutput, RxTGenerateOutput
 
 from .models import EXPERTS, close, counted_calls, random_ids, random_memory, tiny_model
 
@@ -277,7 +277,7 @@ def test_row_that_another_criterion_stops_writes_nothing_behind_its_stop(model, 
 def cost(model, turn):
     with FlopCounterMode(display=False) as counter:
         output = turn()
-    cache = output[CACHE_NAME]
+    cache = output.cache
     layers = cache.self_attention_cache.layers + cache.cross_attention_cache.layers
     sizes = [(layer.keys.shape, layer.keys.nbytes + layer.values.nbytes) for layer in layers]
     return output.stm_cache, (counter.get_total_flops(), cache.get_seq_length(), sizes, output.stm_cache.nbytes)
@@ -346,7 +346,7 @@ def test_way_to_cache_changes_nothing(model, memory, options, mask):
 def test_turn_may_go_on_from_the_cache_of_the_same_memory(model, memory):
     def started():
         with torch.no_grad():
-            return model(IDS, stm_cache=memory, use_cache=True)[CACHE_NAME]
+            return model(IDS, stm_cache=memory, use_cache=True).cache
 
     longer = torch.cat([IDS, random_ids(2, 3, seed=1)], dim=1)
     assert_same_turn(answer(model, longer, memory, cache=started()), answer(model, longer, memory))

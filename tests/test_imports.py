@@ -10,7 +10,7 @@ import pytest
 from transformers.dynamic_module_utils import get_relative_imports
 
 PACKAGE = Path(__file__).parent.parent / "rxt_hf"
-HUB_LINE = {"configuration_rxt", "cache_rxt", "generation_rxt", "modeling_rxt"}
+HUB_LINE = {"configuration_rxt", "cache_rxt", "episode_rxt", "generation_rxt", "modeling_rxt"}
 HUB_DEPENDENCIES = {"torch", "transformers", "safetensors", "huggingface_hub"}
 DEPENDENCIES = HUB_DEPENDENCIES | {"tokenizers", "jinja2"}
 
@@ -19,7 +19,8 @@ BELOW: dict[str, set[str]] = {
     "configuration_rxt": set(),
     "cache_rxt": set(),
     "generation_rxt": {"cache_rxt", "configuration_rxt"},
-    "modeling_rxt": {"generation_rxt"},
+    "episode_rxt": {"cache_rxt"},
+    "modeling_rxt": {"episode_rxt", "generation_rxt"},
     "presets": set(),
     "chat_template": set(),
     "data": {"chat_template"},

@@ -13,7 +13,6 @@ import transformers.modeling_flash_attention_utils as flash
 from transformers import DynamicCache, EncoderDecoderCache
 
 from rxt_hf import RxTForCausalLM, StateError, STMCache
-from rxt_hf.generation_rxt import CACHE_NAME
 from rxt_hf.modeling_rxt import RxTResidualGate, eager_attention_forward, one_query_attention
 
 from .models import EXPERTS, close, counted_calls, random_ids, random_memory, tiny_config, tiny_model
@@ -293,7 +292,7 @@ def test_cached_forward_of_a_left_padded_turn_equals_the_whole_one(options):
     memory = random_memory(model)
     whole = model(IDS, attention_mask=LEFT, stm_cache=memory).logits
     prompt = model(IDS[:, :3], attention_mask=LEFT[:, :3], stm_cache=memory, use_cache=True)
-    cache, parts = prompt[CACHE_NAME], [prompt.logits]
+    cache, parts = prompt.cache, [prompt.logits]
     for end in range(4, 7):
         step = model(IDS[:, end - 1 : end], attention_mask=LEFT[:, :end], stm_cache=memory, cache=cache)
         parts.append(step.logits)
@@ -312,18 +311,18 @@ def test_cache_of_a_caller_is_filled_whatever_its_class(model, memory):
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_cache_goes_by_its_name_of_every_version_of_transformers(model, memory, name):
     def started(model):
-        cache = model(IDS[:, :4], stm_cache=memory, use_cache=True)[CACHE_NAME]
+        cache = model(IDS[:, :4], stm_cache=memory, use_cache=True).cache
         assert cache.get_seq_length() == 4
         return cache
 
     # transformers' own models warn of the older name since they have the newer one
-    is_old = name != CACHE_NAME == "cache"
+    is_old = name == "past_key_values"
     warned = functools.partial(pytest.warns, FutureWarning, match="is deprecated") if is_old else nullcontext
     expected, cache = model(IDS, stm_cache=memory).logits[:, 4:], started(model)
     answer = {"max_new_tokens": 3, "do_sample": False, "stm_cache": memory}
     with warned():
         rest = model(IDS[:, 4:], stm_cache=memory, **{name: cache})
-    assert rest[CACHE_NAME] is cache
+    assert rest.cache is cache
     close(rest.logits, expected)
     with warned():
         inner = model.model(IDS[:, 4:], stm_cache=memory, **{name: started(model.model)})
@@ -337,7 +336,7 @@ def test_cache_goes_by_its_name_of_every_version_of_transformers(model, memory, 
 
 def test_memory_other_than_the_one_behind_the_cache_is_refused(model, memory):
     def started():
-        return model(IDS, stm_cache=memory, use_cache=True)[CACHE_NAME]
+        return model(IDS, stm_cache=memory, use_cache=True).cache
 
     following = random_ids(2, 1, seed=1)
     expected = model(following, stm_cache=memory, cache=started()).logits
@@ -349,6 +348,12 @@ def test_memory_other_than_the_one_behind_the_cache_is_refused(model, memory):
             model(following, stm_cache=other, cache=started())
     with pytest.raises(ValueError, match=r"\(3, 2, 5, 32\), expected \(2, 2, 5, 32\)"):
         model(following, stm_cache=torch.zeros(3, 2, 5, 32), cache=started())
+    # a caller's own object is filled and keeps no memory: what is in it is read, and nothing else is taken for it
+    own = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    model(IDS, stm_cache=memory, cache=own)
+    with pytest.raises(ValueError, match="does not know which memory"):
+        model(following, stm_cache=memory, cache=own)
+    assert torch.equal(model(following, cache=own).logits, expected)
 
 
 def test_cached_keys_and_values_of_one_turn_never_reach_the_next(model, memory):
@@ -377,7 +382,7 @@ def test_router_loss_of_a_cached_forward_takes_the_full_mask():
     model = tiny_model(**EXPERTS)
     memory = random_memory(model)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-    cache = model(IDS[:, :3], attention_mask=mask[:, :3], stm_cache=memory, use_cache=True)[CACHE_NAME]
+    cache = model(IDS[:, :3], attention_mask=mask[:, :3], stm_cache=memory, use_cache=True).cache
     step = model(IDS[:, 3:], attention_mask=mask, stm_cache=memory, cache=cache)
     alone = [
         model(IDS[row : row + 1, start:end], stm_cache=memory.select(row))
@@ -453,7 +458,7 @@ def test_input_is_either_ids_or_embeddings(model, memory):
 
 
 def test_episode_refuses_a_cache(model, memory):
-    cache = model(IDS, stm_cache=memory, use_cache=True)[CACHE_NAME]
+    cache = model(IDS, stm_cache=memory, use_cache=True).cache
     with pytest.raises(ValueError, match=r"An episode .* keeps no cache"):
         model(IDS[:, None], stm_cache=memory, cache=cache)
     # one that is recomputed turn by turn does not pass it over either
@@ -663,7 +668,7 @@ def test_decoding_step_compiles_to_one_whole_graph(memory):
     torch._dynamo.reset()
     model, following = tiny_model(), random_ids(2, 1, seed=3)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    caches = [model(IDS, stm_cache=memory, use_cache=True)[CACHE_NAME] for _ in range(2)]
+    caches = [model(IDS, stm_cache=memory, use_cache=True).cache for _ in range(2)]
     expected = model(following, stm_cache=memory, cache=caches[0]).logits
     # an equal memory, which cannot be compared within a graph
     close(compiled(following, stm_cache=memory.states.clone(), cache=caches[1]).logits, expected)

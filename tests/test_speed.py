@@ -12,7 +12,6 @@ import torch
 
 from rxt_hf.evaluation import speed
 from rxt_hf.evaluation.speed import ARMS, Turns, add_arguments, build_models, cache_bytes, markdown, ratio, run
-from rxt_hf.generation_rxt import CACHE_NAME
 from rxt_hf.presets import PRESETS
 
 from .models import SIZES
@@ -152,11 +151,11 @@ def test_memory_at_a_turn_has_been_written_once_for_each_turn_before(turns):
 
 def test_persistent_cache_is_as_generate_leaves_it_and_answers_as_the_full_history_does(turns):
     _, first = turns.timed("persistent_cache", turns.inputs("persistent_cache", 1))
-    assert cache_bytes(turns.cache_before(2)) == cache_bytes(first[CACHE_NAME])
+    assert cache_bytes(turns.cache_before(2)) == cache_bytes(first.cache)
     ids = torch.cat([first.sequences, turns.ids(QUERY)], dim=1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     _, again = turns.timed("full_history", inputs)
-    _, kept = turns.timed("persistent_cache", {**inputs, CACHE_NAME: first[CACHE_NAME]})
+    _, kept = turns.timed("persistent_cache", {**inputs, "cache": first.cache})
     assert torch.equal(again.sequences, kept.sequences)
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForPreTraining, Trainer, TrainingArguments
 
 from rxt_hf import RxTForCausalLM, RxTForPreTraining
 from rxt_hf.data.collator import RxTEpisodeCollator, RxTPreTrainingCollator
-from rxt_hf.modeling_rxt import resampled
+from rxt_hf.training.pretraining import resampled
 from rxt_hf.training.stages import STAGES, set_training_stage, unfreezing_optimizer
 
 from .models import EXPERTS, close, random_ids, tiny_config, tiny_model

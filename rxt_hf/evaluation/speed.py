@@ -43,7 +43,6 @@ from transformers.utils import logging
 
 from ..cache_rxt import STMCache
 from ..configuration_rxt import RxTConfig
-from ..generation_rxt import CACHE_NAME
 from ..modeling_rxt import RxTForCausalLM
 from ..presets import PRESETS
 
@@ -188,7 +187,7 @@ class Turns:
             inputs["stm_cache"] = self.memories[turn]
             inputs["update_memory"] = "async" if arm == "rxt_async" else True
         elif arm == "persistent_cache":
-            inputs[CACHE_NAME] = self.cache_before(turn)
+            inputs["cache"] = self.cache_before(turn)
         return inputs
 
     def play(self, arm: str, turn: int, **generate_kwargs: Any) -> dict[str, float]:
@@ -228,7 +227,7 @@ class Turns:
         if arm in RXT_ARMS:
             return output.stm_cache.nbytes
         if arm == "persistent_cache":
-            return cache_bytes(output[CACHE_NAME])
+            return cache_bytes(output["cache"])
         tokens = output.sequences.shape[1]
         read_again = {"full_history": tokens, "sliding_window": (self.window_turns - 1) * self.turn_tokens}
         return output.sequences[:, max(0, tokens - read_again.get(arm, 0)) :].nbytes

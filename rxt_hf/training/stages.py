@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..modeling_rxt import RxTForCausalLM, RxTForPreTraining
+from ..modeling_rxt import RxTForCausalLM
+from .pretraining import RxTForPreTraining
 
 # what a stage trains, by the start of the parameter's name; a name that does not start so gets no gradient in it
 WRITE = ("model.memory_attention.", "model.initial_memory")

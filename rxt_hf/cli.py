@@ -3,7 +3,7 @@
 
 import argparse
 import contextlib
-import json
+import errno
 import os
 import re
 import sys
@@ -22,11 +22,14 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb and returns the exit code."""
+    from . import __version__ as version
+
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace"), (sys.stderr, "replace")):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors=errors)
     argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(prog="rxt", description="Reactive Transformers: chat with a model that has a memory.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="verb", parser_class=_Parser)
     for verb, (description, add_arguments, _) in VERBS.items():
         verb_parser = verbs.add_parser(verb, help=description, description=description)
@@ -53,8 +56,9 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    # "Validation failed:" says nothing without the line behind it
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    # some errors say their reason on the lines behind the first, or break a sentence over several lines
+    end = next((number for number, line in enumerate(lines[:5], 1) if line.endswith((".", "!", "?", ")"))), 1)
+    return " ".join(lines[:end] if end > 1 else lines[: 1 + lines[0].endswith((":", ","))])
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +113,6 @@ def _folder(model: str | None) -> str:
 
 def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     folder = _folder(args.model)
-    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
     from transformers.utils import logging
 
@@ -119,7 +122,7 @@ def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     logging.disable_progress_bar()
     if args.seed is not None:
         set_seed(args.seed)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(args.device)
     with _refused(f"Cannot load the model {folder!r}"):
         model_type = AutoConfig.from_pretrained(folder).model_type
         if model_type != "rxt":
@@ -129,6 +132,21 @@ def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
         if info["missing_keys"]:
             raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]}")
         return model.to(device), AutoTokenizer.from_pretrained(folder)
+
+
+def _device(name: str | None) -> Any:
+    """The device of that name, tried out before a model is loaded; without a name a GPU if there is one."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        # tried with a number, since a name may be right and the device not there; "meta" gives none back
+        torch.zeros(1, device=name).item()
+    except Exception as error:
+        there = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
+        raise ValueError(f"There is no device {name!r} here to compute on, only {there}.") from error
+    return torch.device(name)
 
 
 @contextlib.contextmanager
@@ -146,6 +164,8 @@ def _refused(what: str) -> Generator[None, None, None]:
 def _generate_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     sampled = {name: value for name in ("temperature", "top_p") if (value := getattr(args, name)) is not None}
     greedy = sampled.get("temperature") == 0 or not sampled
+    if greedy and "top_p" in sampled:
+        raise ValueError("--top-p has no effect at --temperature 0, which does not sample: leave out one of them.")
     kwargs = {"do_sample": False} if greedy else {"do_sample": True, **sampled}
     return kwargs if args.max_new_tokens is None else {**kwargs, "max_new_tokens": args.max_new_tokens}
 
@@ -168,11 +188,26 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    # before the model is loaded: an answer whose memory cannot be saved is lost
+    target = None if args.save_memory is None else _new_file(Path(args.save_memory).expanduser())
+    _generate_kwargs(args)
     session = _open_session(args, *_load_model(args))
     print(session.send(args.query).translate(_PRINTABLE), flush=True)
-    if args.save_memory is not None:
-        session.save(Path(args.save_memory).expanduser())
+    if target is not None:
+        session.save(target)
     return 0
+
+
+def _new_file(path: Path) -> Path:
+    """The path, if it can be written; raises `OSError` that names the folder, or the path, if not."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "There is no folder to write to", str(folder))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "This is a folder, expected a file to write", str(path))
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, "The folder may not be written", str(folder))
+    return path
 
 
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
@@ -183,9 +218,10 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from .data.files import read_object
     from .hub import export, model_card
 
-    folder, facts = _target(args.folder), {} if args.card is None else _read_object(Path(args.card).expanduser())
+    folder, facts = _target(args.folder), {} if args.card is None else read_object(Path(args.card).expanduser())
     args.seed, args.device, args.dtype = None, "cpu", "auto"
     model, tokenizer = _load_model(args)
     try:
@@ -200,24 +236,16 @@ def _export(args: argparse.Namespace) -> int:
 
 def _target(text: str) -> Path:
     """A folder that may be written: whatever else is in one is not ours to replace."""
+    from .data.files import read_object
+
     folder = Path(text).expanduser()
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, expected a folder or nothing.")
     if folder.is_dir() and any(folder.iterdir()):
         config = folder / "config.json"
-        if not config.is_file() or _read_object(config).get("model_type") != "rxt":
+        if not config.is_file() or read_object(config).get("model_type") != "rxt":
             raise ValueError(f"{folder} holds other files: name a folder that is new, empty or an earlier export.")
     return folder
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object.")
-    return content
 
 
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -258,9 +286,10 @@ def _converted(source: str, args: argparse.Namespace) -> tuple[Any, Any, dict[st
     """Model, tokenizer, and what the card says of the licence."""
     from .convert import convert_tokenizer, from_llm, from_rxlm
     from .convert.rxlm import LICENCE_NOTICE
+    from .data.files import read_object
 
     config = Path(source) / "config.json"
-    if not Path(source).is_dir() or (config.is_file() and "model_type" in _read_object(config)):
+    if not Path(source).is_dir() or (config.is_file() and "model_type" in read_object(config)):
         tokenizer = convert_tokenizer(source)
         slots = {} if args.slots is None else {"num_memory_slots": args.slots}
         model = from_llm(source, tokenizer=tokenizer, memory_layers=args.memory_layers, **slots)
@@ -350,6 +379,7 @@ def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:
 def _chat(args: argparse.Namespace) -> int:
     # before the model is loaded: a misspelt name should not cost that wait
     script = None if args.script is None else _script_lines(Path(args.script).expanduser())
+    _generate_kwargs(args)
     model, tokenizer = _load_model(args)
     session = _open_session(args, model, tokenizer, args.system)
     chat = _Chat(session, echoes=script is not None or not sys.stdin.isatty())
@@ -375,13 +405,16 @@ def _about(folder: str, model: Any) -> str:
 
 
 def _script_lines(path: Path) -> list[str]:
-    lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-    return [line for line in lines if not line.lstrip().startswith("#")]
+    from .data.files import read_text
+
+    return [line for line in read_text(path).split("\n") if not line.lstrip().startswith("#")]
 
 
 def _typed_lines() -> Iterator[str]:
     """Lines from the terminal with a prompt, or from a pipe without; ends with the input."""
     if not sys.stdin.isatty():
+        # some shells put a byte-order mark before what they pipe
+        yield next(sys.stdin, "").removeprefix("\ufeff")
         yield from sys.stdin
         return
     with contextlib.suppress(ImportError):
@@ -447,7 +480,7 @@ class _Chat:
             self.say("The turn is cancelled; the memory is as before.")
 
     def save(self, path: str) -> None:
-        self.session.save(_given(path, "/save FILE"))
+        self.session.save(_new_file(_given(path, "/save FILE")))
         self.say(f"Saved to {path}.")
 
     def load(self, path: str) -> None:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+import rxt_hf
 from rxt_hf import RxTConfig, RxTForCausalLM, STMCache
 from rxt_hf.chat_template import train_tokenizer
 from rxt_hf.cli import COMMANDS, VERBS, main
@@ -106,6 +107,23 @@ def test_script_skips_comments_and_blank_lines_and_obeys_commands(rxt, folder, t
     ]
     assert "rxt> " in out
     assert "6 slots x 2 layers x 32, 1536 bytes, 1 turns" in out
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_script_with_a_byte_order_mark_has_its_comment_and_its_commands(rxt, folder, tmp_path, ends):
+    script = tmp_path / "script.txt"
+    for lines, said in ((["# note", "/memory", "/quit"], ["/memory", "/quit"]), (["/quit", "hello"], ["/quit"])):
+        script.write_bytes(ends.join([*lines, ""]).encode("utf-8-sig"))
+        for options, typed in ((["--script", script], b""), ([], script.read_bytes())):
+            code, out, err = rxt("chat", folder, *options, typed=typed)
+            shown = [line[5:] for line in out.splitlines() if line.startswith("you> ")]
+            assert (code, err) == (0, "")
+            assert shown == (said if options or lines[0] != "# note" else lines)
+            assert ("rxt> " in out) == (shown[0] == "# note")
+
+
+def test_version_is_that_of_the_package(rxt):
+    assert rxt("--version") == (0, f"rxt {rxt_hf.__version__}\n", "")
 
 
 def test_options_reach_generate(rxt, folder, monkeypatch):
@@ -346,7 +364,7 @@ MISTAKES = {
     "top-p": (["chat", "MODEL", "--top-p", "2"], "2 is not between 0 and 1"),
     "tokens": (["chat", "MODEL", "--max-new-tokens", "0"], "0 is not a number of tokens"),
     "words": (["chat", "MODEL", "--max-new-tokens", "few"], "invalid whole number value: 'few'"),
-    "device": (["chat", "MODEL", "--device", "abacus"], "abacus"),
+    "device": (["chat", "MODEL", "--device", "abacus"], "^rxt chat: There is no device 'abacus' here"),
     "dtype": (["chat", "MODEL", "--dtype", "int8"], "int8"),
     "bench size": (["bench", "--size", "1t"], "1t"),
     "bench turns": (["bench", "--turns", "0"], "0 is not at least 1"),
@@ -356,13 +374,30 @@ MISTAKES = {
     "export to a file": (["export", "MODEL", "mine/notes.txt"], "notes.txt is a file"),
     "export over others": (["export", "MODEL", "mine"], "mine holds other files"),
     "no card": (["export", "MODEL", "new", "--card", "none"], "No such file or directory: none"),
-    "card that is no JSON": (["export", "MODEL", "new", "--card", "mine/notes.txt"], "notes.txt is not JSON"),
+    "card that is no JSON": (
+        ["export", "MODEL", "new", "--card", "mine/notes.txt"],
+        "notes.txt: this is not JSON",
+    ),
     "card of a wrong type": (["export", "MODEL", "new", "--card", "mine/card.json"], "card.json is refused"),
     "convert over others": (["convert", "MODEL", "mine"], "mine holds other files"),
     "convert an RxT": (["convert", "MODEL", "new"], "Cannot convert .* 'rxt' is not covered"),
     "convert nothing": (["convert", "EMPTY", "new"], "Cannot convert 'empty': .*holds neither model.safetensors"),
     "layers": (["convert", "MODEL", "new", "--memory-layers", "0;2"], "invalid list of layers.*: '0;2'"),
-    "nowhere to save": (["generate", "MODEL", "--query", "hi", "--save-memory", "no/f"], "No such file or directory"),
+    "nowhere to save": (["generate", "MODEL", "--query", "hi", "--save-memory", "no/f"], "There is no folder .*/no$"),
+    "a folder to save": (["generate", "MODEL", "--query", "hi", "--save-memory", "mine"], "is a folder.* mine$"),
+    "a device that is not there": (["chat", "MODEL", "--device", "xpu:7"], "There is no device 'xpu:7' here"),
+    "a device without numbers": (["chat", "MODEL", "--device", "meta"], "There is no device 'meta' here"),
+    "top-p at 0": (
+        ["generate", "MODEL", "--query", "hi", "--temperature", "0", "--top-p", "0.9"],
+        "top-p has no effect",
+    ),
+    "top-p at 0 in a chat": (["chat", "MODEL", "--temperature", "0", "--top-p", "0.9"], "top-p has no effect"),
+    "binary config": (["train", "finetuning", "--config", "mine/binary"], "mine/binary is a binary file"),
+    "UTF-16 config": (["train", "finetuning", "--config", "mine/utf16"], "mine/utf16 is UTF-16"),
+    "binary script": (["chat", "MODEL", "--script", "mine/binary"], "mine/binary is a binary file"),
+    "Latin-1 script": (["chat", "MODEL", "--script", "mine/latin1"], r"mine/latin1, line 2: this is not UTF-8.*0xe9"),
+    "UTF-16 card": (["export", "MODEL", "new", "--card", "mine/utf16"], "mine/utf16 is UTF-16"),
+    "empty data": (["eval", "MODEL", "--data", "mine/empty.jsonl"], "mine/empty.jsonl is empty"),
 }
 
 
@@ -372,14 +407,19 @@ def test_a_mistake_costs_one_sentence_and_exit_code_2(rxt, folder, tmp_path, mon
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     (tmp_path / "mine" / "card.json").write_text('{"results": 5}')
+    (tmp_path / "mine" / "binary").write_bytes(b"\x89PNG\r\n\0\0\0\x0d")
+    (tmp_path / "mine" / "utf16").write_bytes("model: x".encode("utf-16"))
+    (tmp_path / "mine" / "latin1").write_bytes(b"hello\ncaf\xe9\n")
+    (tmp_path / "mine" / "empty.jsonl").write_text("\n")
+    before = {path.name for path in (tmp_path / "mine").iterdir()}
     monkeypatch.chdir(tmp_path)
-    code, _, err = rxt(*({"MODEL": folder, "EMPTY": "empty"}.get(arg, arg) for arg in argv))
-    assert code == 2
+    code, out, err = rxt(*({"MODEL": folder, "EMPTY": "empty"}.get(arg, arg) for arg in argv))
+    assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert err.startswith("rxt")
     assert re.search(message, err)
     assert not (tmp_path / "new").exists()
-    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"notes.txt", "card.json"}
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == before
 
 
 def test_help_names_every_verb_and_exits_with_0(rxt):

@@ -104,10 +104,10 @@ def test_jsonl_is_read_packed_or_not_from_a_file_or_a_folder(tmp_path, name):
 def test_a_broken_line_and_a_missing_split_are_named(tmp_path):
     path = tmp_path / "test.jsonl"
     path.write_text('{"query": "a", "answer": "b"}\n\n{"query"\n')
-    with pytest.raises(ValueError, match=r"test.jsonl, line 3 is not JSON"):
+    with pytest.raises(ValueError, match=r"test.jsonl, line 3: this is not JSON: .*column 9"):
         list(read_jsonl(path))
-    path.write_text("[1]\n")
-    with pytest.raises(ValueError, match=r"line 1 is a list"):
+    path.write_text("1\n")
+    with pytest.raises(ValueError, match=r"line 1: this is a int"):
         list(read_jsonl(path))
     with pytest.raises(FileNotFoundError, match=r"no split 'train', only \['test'\]"):
         list(read_episodes(tmp_path, "train"))

@@ -7,6 +7,7 @@ An interaction is a mapping with `query` and `answer`, and where they apply
     instruction   a system prompt; alone (`query` is None) it is an interaction of its own
     role          "tool" if `query` is the result of a tool
     thinking, tool_calls    what the assistant said beside `answer`
+    train         False if the answer is written into the memory and not learned
     recall        `[[start, end, distance], ...]`: words of `answer`, as character spans, that only earlier turns tell
 
 `query` and `answer` are texts, or lists of token ids (see `rxt_hf.data.tasks`). Without an answer (None) nothing is
@@ -15,11 +16,9 @@ it has them, are questions to be asked after the last interaction, each from the
 """
 
 import copy
-import gzip
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, count, groupby, islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain, count, islice
 from pathlib import Path
 from random import Random
 from typing import Any, cast
@@ -29,134 +28,98 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from ..chat_template import CONTROL_TOKENS, ESCAPE, encode_interactions, encode_texts, escape
+from .files import decode, parse_json, read_rows
+from .rows import split_messages as split_messages
+from .rows import to_episode
 
 logger = logging.get_logger(__name__)
 
+ENDINGS = (".jsonl", ".jsonl.gz", ".json")
+
+
+class Episode(dict):
+    """An episode that knows the file and line, or the row, that it was read from."""
+
+    place = "An episode"
+
+
+def converted_rows(
+    source: Any, convert: Callable[[Any], Any], split: str | None = None, *, skip_bad_rows: bool = False
+) -> Iterator[tuple[str, Any]]:
+    """
+    Place, and what `convert` makes of it, of each row of a source, as [`read_episodes`] takes one, unless it is None.
+
+    Raises: `ValueError` that begins with the place for a row that is not JSON or that `convert` refuses.
+    """
+    if isinstance(source, str | os.PathLike):
+        rows = read_rows(_split_file(Path(source), split))
+    elif isinstance(source, Mapping):
+        if split not in source:
+            raise FileNotFoundError(f"There is no split {split!r}, only {sorted(source)}.")
+        rows = ((f"Row {number}", row) for number, row in enumerate(source[split]))
+    else:
+        rows = ((f"Row {number}", row) for number, row in enumerate(source))
+    total, refused, reasons = 0, 0, []
+    try:
+        for place, row in rows:
+            total += 1
+            try:
+                found = convert(parse_json(decode(row).strip()) if isinstance(row, bytes) else row)
+            except ValueError as error:
+                if not skip_bad_rows:
+                    raise ValueError(f"{place}: {error}") from error
+                refused += 1
+                reasons += [f"{place}: {error}"] if refused <= 3 else []
+                continue
+            if found is not None:
+                yield place, found
+        if refused and refused == total:
+            raise ValueError(f"None of the {total} rows can be read; {reasons[0]}")
+    finally:
+        if refused:
+            logger.warning(f"{refused} of {total} rows are left out: {' '.join(reasons)}")
+
 
 def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file, packed with gzip or not; raises `ValueError` with the line of anything else."""
-    opener = gzip.open if str(path).endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON: {error}.") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number} is a {type(row).__name__}, expected an object.")
-            yield row
+    """The rows of a JSON or JSONL file, packed or not; raises `ValueError` with the line of anything else."""
+    for place, row in converted_rows(path, lambda row: row):
+        if not isinstance(row, dict):
+            raise ValueError(f"{place}: this is a {type(row).__name__}, expected an object.")
+        yield row
 
 
-def read_episodes(source: Any, split: str | None = None) -> Iterator[dict[str, Any]]:
+def read_episodes(source: Any, split: str | None = None, *, skip_bad_rows: bool = False) -> Iterator[dict[str, Any]]:
     r"""
-    Reads episodes from a JSONL file, a folder of them, a `datasets.Dataset`, or any rows.
+    Reads episodes from a JSONL file or a JSON array, a folder of them, a `datasets.Dataset`, or any rows.
 
-    A row holds `interactions`, or `messages` (see [`split_messages`]), or one `query` and `answer`; its other columns
-    are kept. Conversations in `messages` in which nothing is answered are left out.
+    See [`rxt_hf.data.rows.to_episode`] for what a row may hold. Conversations in which nothing is answered are left
+    out.
 
     Args:
         source (`str`, `os.PathLike`, `Mapping` or `Iterable[Mapping]`): a path; rows; or rows by split, as a
             `datasets.DatasetDict` has them.
-        split (`str`, *optional*): in a folder, the name of the file: `train` reads `train.jsonl` or `train.jsonl.gz`.
+        split (`str`, *optional*): in a folder, the name of the file: `train` reads `train.jsonl`, `train.jsonl.gz` or
+            `train.json`.
+        skip_bad_rows (`bool`): leaves out rows that cannot be read; a warning at the end tells how many, and why.
 
     Raises:
-        `FileNotFoundError` if the file or the split is not there, `ValueError` for a row that is none of these.
+        `FileNotFoundError` if the file or the split is not there, `ValueError` for a row that is none of these, with
+        file, line and field, and for a file that is empty.
     """
-    if isinstance(source, str | os.PathLike):
-        source = read_jsonl(_split_file(Path(source), split))
-    elif isinstance(source, Mapping):
-        if split not in source:
-            raise FileNotFoundError(f"There is no split {split!r}, only {sorted(source)}.")
-        source = source[split]
-    for number, row in enumerate(source):
-        try:
-            episode = _to_episode(row)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"Row {number}: {error}") from error
-        if episode is not None:
-            yield episode
+    for place, found in converted_rows(source, to_episode, split, skip_bad_rows=skip_bad_rows):
+        episode = Episode(found)
+        episode.place = place
+        yield episode
 
 
 def _split_file(path: Path, split: str | None) -> Path:
     if not path.is_dir():
         return path
-    files = [path / f"{split}{ending}" for ending in (".jsonl", ".jsonl.gz")]
+    files = [path / f"{split}{ending}" for ending in ENDINGS]
     if found := [file for file in files if file.is_file()]:
         return found[0]
-    splits = sorted({file.name.split(".jsonl")[0] for file in path.glob("*.jsonl*")})
+    splits = sorted({file.name.split(".json")[0] for file in path.glob("*.json*")})
     raise FileNotFoundError(f"{path} has no split {split!r}, only {splits}.")
-
-
-def _to_episode(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    if not isinstance(row, Mapping):
-        raise TypeError(f"a row must be a mapping, got {type(row).__name__}.")
-    if row.get("interactions") is not None:
-        for turn in row["interactions"]:
-            if missing := {"query", "answer"} - set(turn):
-                raise ValueError(f"an interaction lacks {sorted(missing)}, it has {sorted(turn)}.")
-        return dict(row)
-    if row.get("messages") is not None:
-        interactions = split_messages(row["messages"])
-        if all(turn["answer"] is None for turn in interactions):
-            return None
-        return {name: value for name, value in row.items() if name != "messages"} | {"interactions": interactions}
-    if {"query", "answer"} <= set(row):
-        return {"interactions": [dict(row)]}
-    raise ValueError(f"expected interactions, messages, or query and answer; got the columns {sorted(row)}.")
-
-
-def split_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    r"""
-    Splits a chat into interactions, each of which the chat template renders alone.
-
-    A system message becomes an interaction of its own, as the memory takes it. Consecutive messages of one role are
-    joined by a line break. A user or tool message without an answer at the end is dropped; an assistant that speaks
-    first answers an empty query. The result of a tool is the query of the next interaction (`role` "tool").
-
-    Raises:
-        `ValueError` for what the template cannot say: other roles, content that is not text, a user, tool or system
-        message straight after one of another role that is still unanswered, and a message that follows a tool call.
-    """
-    interactions: list[dict[str, Any]] = []
-    pending: dict[str, Any] | None = None
-    for role, group in groupby(messages, key=lambda message: message.get("role")):
-        if role not in ("system", "user", "tool", "assistant"):
-            raise ValueError(f"the role {role!r} is unknown: use system, user, assistant or tool.")
-        said = list(group)
-        text = "\n".join(filter(None, map(_content, said)))
-        if role == "assistant":
-            interactions.append((pending or {"query": ""}) | {"answer": text} | _beside_answer(said))
-            pending = None
-        elif pending is not None:
-            raise ValueError(f"a {role} message follows a {pending.get('role', 'user')} message that has no answer.")
-        elif role == "system":
-            interactions.append({"query": None, "answer": None, "instruction": text})
-        else:
-            pending = {"query": text, "answer": None} | ({"role": "tool"} if role == "tool" else {})
-    return interactions
-
-
-def _content(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    if content is None and message["role"] == "assistant":
-        return ""
-    if isinstance(content, list) and all(
-        isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content
-    ):
-        return "".join(part["text"] for part in content)
-    raise ValueError(f"the content of a {message['role']} message must be text, got {content!r:.80}.")
-
-
-def _beside_answer(said: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    if any(message.get("tool_calls") for message in said[:-1]):
-        raise ValueError("an assistant message follows a tool call: the result of the tool must come between.")
-    thoughts = [message.get("reasoning_content") or message.get("thinking") for message in said]
-    found = {"thinking": "\n".join(filter(None, thoughts)), "tool_calls": said[-1].get("tool_calls")}
-    return {name: value for name, value in found.items() if value}
 
 
 def cut_episode(episode: Mapping[str, Any], max_turns: int) -> dict[str, Any]:
@@ -174,7 +137,7 @@ class Episodes(Dataset):
     r"""
     Encoded episodes, as [`RxTEpisodeCollator`] takes them: `{"input_ids", "labels"}`, each a list of turns.
 
-    Labels are -100 outside of answers. Encoding is done once, at creation.
+    Labels are -100 outside of answers that are learned. Encoding is done once, at creation.
 
     Args:
         tokenizer (`PreTrainedTokenizerFast`): one with control tokens; None for dialogues of token ids.
@@ -211,8 +174,11 @@ class Episodes(Dataset):
         self.recall_labels: list[list[list[int]] | None] = []
         self._features: list[dict[str, list[list[int]]]] = []
         left_out = 0
-        for dialogue in dialogues:
-            rows = encode_turns(tokenizer, dialogue["interactions"][:max_turns])
+        for number, dialogue in enumerate(dialogues):
+            try:
+                rows = encode_turns(tokenizer, dialogue["interactions"][:max_turns])
+            except ValueError as error:
+                raise ValueError(f"{getattr(dialogue, 'place', f'Dialogue {number}')}: {error}") from error
             too_long = (turn for turn, (ids, _) in enumerate(rows) if max_tokens is not None and len(ids) > max_tokens)
             kept = next(too_long, len(rows))
             if all(label == -100 for _, labels in rows[:kept] for label in labels):
@@ -239,7 +205,17 @@ class Episodes(Dataset):
 def encode_turns(
     tokenizer: PreTrainedTokenizerFast | None, turns: Sequence[Mapping[str, Any]]
 ) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels of each turn; the plain ones are encoded in one call."""
+    """Ids and labels of each turn, -100 throughout where `train` is False; the plain ones are encoded in one call."""
+    rows = _encode_all(tokenizer, turns)
+    return [
+        (ids, [-100] * len(ids)) if turn.get("train") is False else (ids, labels)
+        for turn, (ids, labels) in zip(turns, rows, strict=True)
+    ]
+
+
+def _encode_all(
+    tokenizer: PreTrainedTokenizerFast | None, turns: Sequence[Mapping[str, Any]]
+) -> list[tuple[list[int], list[int]]]:
     if any(isinstance(turn["query"], list) for turn in turns):
         return [_encode_ids(turn) for turn in turns]
     if tokenizer is None:

@@ -79,9 +79,11 @@ def token_losses(model: RxTForCausalLM, batch: Mapping[str, torch.Tensor], memor
     return F.cross_entropy(upcast(logits), labels[..., 1:][is_target], reduction="none")
 
 
-def sampled(folder: str, split: str, number: int | None) -> list[dict[str, Any]]:
+def sampled(folder: str, split: str, number: int | None, *, skip_bad_rows: bool = False) -> list[dict[str, Any]]:
     """All dialogues of a split, or so many of them, the same ones every time: files are sorted by topic."""
-    dialogues = list(read_episodes(folder, split))
+    dialogues = list(read_episodes(folder, split, skip_bad_rows=skip_bad_rows))
+    if not dialogues:
+        raise ValueError(f"{folder} holds no dialogue in which something is answered.")
     return dialogues if number is None else Random(0).sample(dialogues, min(number, len(dialogues)))
 
 
@@ -541,7 +543,10 @@ def evaluate(model: RxTForCausalLM, tokenizer: Any, options: argparse.Namespace)
     """The report that `rxt eval` writes, for options of its command line."""
     limits = {"max_tokens": options.tokens, "inside": options.inside}
     # what is not there should be found out before hours of measuring
-    folders = {folder: sampled(folder, "test", options.dialogues) for folder in options.data or []}
+    folders = {
+        folder: sampled(folder, "test", options.dialogues, skip_bad_rows=options.skip_bad_rows)
+        for folder in options.data or []
+    }
     sources: dict[str, Any] = {}
     for folder, dialogues in folders.items():
         name = Path(folder).name if Path(folder).name not in sources else folder
@@ -584,6 +589,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", nargs="+", metavar="FOLDER", help="dialogues, split test; default: generated dialogues about facts"
     )
     parser.add_argument("--dialogues", type=count, default=50, metavar="N", help="of each folder")
+    parser.add_argument(
+        "--skip-bad-rows", action="store_true", help="leave out rows that cannot be read; how many, and why, is said"
+    )
     parser.add_argument("--tokens", type=count, default=64, metavar="N", help="a dialogue ends before a longer turn")
     parser.add_argument("--inside", type=int, default=4, metavar="N", help="dialogues whose memories are shown")
     parser.add_argument("--output", default="eval.json", metavar="FILE", help="all figures, as JSON")

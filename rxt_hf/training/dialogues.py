@@ -53,6 +53,7 @@ class DialogueArguments:
     tokens_per_step: int = field(default=3072, metadata={"help": "padded tokens of all turns of a step"})
     facts: int = field(default=0, metadata={"help": "turns of the fact dialogues that every second step is about"})
     dialogues: int | None = field(default=None, metadata={"help": "read so many of each folder only"})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "leaves out rows that cannot be read"})
     vocab_size: int = field(default=4096, metadata={"help": "vocabulary of the tokenizer"})
     preset: str = field(default="tiny", metadata={"help": "a name of rxt_hf.presets.PRESETS"})
     override: str = field(default="", metadata={"help": "JSON object of further config fields"})
@@ -109,7 +110,8 @@ def main(argv: list[str] | None = None) -> None:
     options, args = parse(DialogueArguments, RECIPE, argv, one_process=True)
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    dialogues = list(chain.from_iterable(sampled(path, "train", options.dialogues) for path in options.data))
+    each = (sampled(path, "train", options.dialogues, skip_bad_rows=options.skip_bad_rows) for path in options.data)
+    dialogues = list(chain.from_iterable(each))
     if options.start_from is not None:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(options.start_from)
     else:

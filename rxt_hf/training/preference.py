@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from ..data.collator import RxTEpisodeCollator
 from ..data.facts import score_answer
-from ..data.readers import encode_turns, split_messages
+from ..data.readers import encode_turns
+from ..data.rows import split_messages
 from ..evaluation.recall import left_padded
 from ..modeling_rxt import upcast
 
@@ -98,8 +99,10 @@ def preference_interactions(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Raises: `ValueError` if the two differ in more than their last answer, or in nothing.
     """
-    before = _messages(row.get("prompt") or [], "user")
-    chosen, rejected = (split_messages(before + _messages(row[name], "assistant")) for name in ("chosen", "rejected"))
+    before = _messages(row.get("prompt") or [], "prompt", "user")
+    chosen, rejected = (
+        split_messages(before + _messages(row.get(name), name, "assistant"), name) for name in ("chosen", "rejected")
+    )
     if chosen[:-1] != rejected[:-1] or chosen[-1]["query"] != rejected[-1]["query"]:
         raise ValueError("chosen and rejected differ before their last answer.")
     if chosen[-1]["answer"] == rejected[-1]["answer"]:
@@ -107,7 +110,9 @@ def preference_interactions(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*chosen[:-1], chosen[-1] | {"rejected": rejected[-1]["answer"]}]
 
 
-def _messages(value: str | Sequence[Mapping[str, Any]], role: str) -> list[Mapping[str, Any]]:
+def _messages(value: Any, name: str, role: str) -> list[Mapping[str, Any]]:
+    if not isinstance(value, str | list | tuple):
+        raise ValueError(f"{name} must be a text or a list of messages, got {type(value).__name__}.")
     return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
 
 

@@ -54,7 +54,9 @@ from ..configuration_rxt import RxTConfig
 from ..convert import adapter_config
 from ..data.collator import RxTEpisodeCollator, RxTPreTrainingCollator
 from ..data.facts import generate_dialogue
-from ..data.readers import Episodes, bucket_by_turns, pack_texts, read_episodes, read_jsonl
+from ..data.files import read_object, read_text
+from ..data.readers import ENDINGS, Episodes, bucket_by_turns, converted_rows, pack_texts
+from ..data.rows import checked_text, to_episode
 from ..evaluation.memory import sampled
 from ..evaluation.recall import FIRST_TEST_SEED
 from ..hub import export, model_card
@@ -113,6 +115,9 @@ class RunArguments:
     tokens: int | None = field(
         default=None,
         metadata={"help": "of a row of text; a dialogue ends before a longer interaction; default: the model's"},
+    )
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "leaves out rows that cannot be read, and says how many, and why"}
     )
     max_batch_tokens: int | None = field(
         default=None,
@@ -189,7 +194,7 @@ def read_config(path: Path, known: set[str]) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(content, dict):
@@ -231,7 +236,7 @@ def check(stage: str, options: RunArguments, args: TrainingArguments) -> None:
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16 needs a GPU: use bf16 on a CPU.")
     said = Path(str(args.output_dir)) / RUN_NAME
-    if said.is_file() and (other := json.loads(said.read_text(encoding="utf-8"))["stage"]) != stage:
+    if said.is_file() and (other := read_object(said)["stage"]) != stage:
         raise ValueError(f"{args.output_dir} holds a run of the stage {other}: name another output_dir for {stage}.")
 
 
@@ -240,16 +245,17 @@ def file_of(source: str, split: str) -> Path:
     path = Path(source).expanduser()
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source)
-    files = [path / f"{split}{ending}" for ending in (".jsonl", ".jsonl.gz", ".txt")] if path.is_dir() else [path]
+    files = [path / f"{split}{ending}" for ending in (*ENDINGS, ".txt")] if path.is_dir() else [path]
     if found := [file for file in files if file.is_file()]:
         return found[0]
-    raise FileNotFoundError(f"{source} has no {split}.jsonl, {split}.jsonl.gz or {split}.txt.")
+    raise FileNotFoundError(f"{source} has no {', '.join(split + ending for ending in ENDINGS)} or {split}.txt.")
 
 
 def dialogues_of(source: str, split: str, options: RunArguments) -> list[dict[str, Any]]:
     """Dialogues of a file, or generated ones; those for tests have values of the kinds that training sees."""
     if source != FACTS:
-        return sampled(str(file_of(source, split)), split, options.number(split))
+        path = str(file_of(source, split))
+        return sampled(path, split, options.number(split), skip_bad_rows=options.skip_bad_rows)
     first = FIRST_TRAINING_SEED if split == "train" else FIRST_TEST_SEED
     seeds = range(first, first + (options.number(split) or 1000))
     return [dict(generate_dialogue(seed, num_turns=options.turns)) for seed in seeds]
@@ -262,14 +268,17 @@ def texts_of(source: str, split: str, options: RunArguments) -> Iterator[str]:
         return
     path = file_of(source, split)
     if path.suffix == ".txt":
-        found = filter(None, map(str.strip, path.read_text(encoding="utf-8").split("\n\n")))
+        found = filter(None, map(str.strip, read_text(path).split("\n\n")))
     else:
-        found = chain.from_iterable(map(_row_texts, read_jsonl(path)))
+        found = (text for _, text in converted_rows(path, _row_text, skip_bad_rows=options.skip_bad_rows))
     yield from islice(found, options.number(split))
 
 
-def _row_texts(row: dict[str, Any]) -> Iterator[str]:
-    return iter([row["text"]]) if isinstance(row.get("text"), str) else map(_as_text, read_episodes([row]))
+def _row_text(row: Any) -> str | None:
+    if isinstance(row, Mapping) and row.get("text") is not None:
+        return checked_text(row["text"], "text")
+    episode = to_episode(row)
+    return None if episode is None else _as_text(episode)
 
 
 def _as_text(dialogue: Mapping[str, Any]) -> str:
@@ -283,11 +292,16 @@ def preferences_of(source: str, split: str, options: RunArguments, model: Any, t
         dialogues = dialogues_of(source, split, options)
         batches = (dialogues[start : start + 64] for start in range(0, len(dialogues), 64))
         return [turns for batch in batches for turns in add_own_mistakes(model, tokenizer, batch)]
-    rows = islice(read_jsonl(file_of(source, split)), options.number(split))
-    found = [
-        preference_interactions(row) if "chosen" in row else next(read_episodes([row]))["interactions"] for row in rows
-    ]
+    rows = converted_rows(file_of(source, split), _preferences, skip_bad_rows=options.skip_bad_rows)
+    found = (turns for _, turns in islice(rows, options.number(split)))
     return [turns[: options.turns] for turns in found if any(turn.get("rejected") for turn in turns[: options.turns])]
+
+
+def _preferences(row: Any) -> list[dict[str, Any]] | None:
+    if isinstance(row, Mapping) and row.get("chosen") is not None:
+        return preference_interactions(row)
+    episode = to_episode(row)
+    return None if episode is None else episode["interactions"]
 
 
 def features_of(

@@ -57,6 +57,17 @@ class RxTConfig(PreTrainedConfig):
         memory_init (`str`): the memory before the first interaction: `"learned"`, `"random"` (normal, the paper's
             choice) or `"zeros"`.
         memory_init_std (`float`): standard deviation of the random memory, and of the learned one at its start.
+        memory_reading (`str`): how a decoder layer reads its memory. `"cross_attention"` (the paper's): by an
+            attention of its own. `"joint"` (ours): slots are further keys and values of the layer's self-attention, by
+            its own norm and projections, in one softmax with the turn's tokens.
+        memory_positions (`str`): where slots stand if they are read jointly: nowhere, their keys are not rotated
+            (`"none"`), or at their rank in time, with the turn's tokens behind the last slot (`"rank"`).
+        memory_encoding (`str`): what encodes a finished interaction. `"encoder"` (the paper's): bidirectional layers
+            of their own, whose outputs are written. The others (ours) write the inputs of the decoder's own layers:
+            `"decoder"` reads the interaction once more without a memory, all turns of an episode at once;
+            `"decoder_in_passing"` takes the states that the decoder computed while it read its memory and answered.
+        memory_writing (`str`): `"attention"` (the paper's): memory attention and gates. `"selection"` (ours): slots
+            are copies of encoded tokens, of which the most salient stay, see `RxTMemorySelection`.
         memory_encoder_intermediate_size (`int`, *optional*): defaults to `intermediate_size`.
         cross_attention_zero_init (`bool`): the memory cross-attention's output starts at zero, so that a model which
             has just been given a memory computes what it did without.
@@ -68,7 +79,8 @@ class RxTConfig(PreTrainedConfig):
         memory_gate_activation (`str`): `"sigmoid"`, `"tanh"` or `"none"` (a plain sum).
         memory_gate_init (`float`): the gate's parameter or bias at the start; negative keeps more than it writes.
         bptt_turns (`int`, *optional*): in training on episodes, gradients flow back through at most this many writes:
-            every `bptt_turns`-th write starts from a detached memory. Default: through all.
+            every `bptt_turns`-th write starts from a detached memory. Default: through all; 0: through none, and
+            interactions are encoded without a gradient.
         mlm_loss_coef (`float`): weight of the memory encoder's masked-token loss in [`RxTForPreTraining`].
         memory_noise_std (`float`): noise on what the decoder reads in [`RxTForPreTraining`], as a share of its size.
         memory_encoder_num_attention_heads (`int`, *optional*): query heads of the memory encoder.
@@ -181,6 +193,10 @@ class RxTConfig(PreTrainedConfig):
     memory_layers: list[int] | None = None
     memory_init: Literal["learned", "random", "zeros"] = "learned"
     memory_init_std: float | int = 1.0
+    memory_reading: Literal["cross_attention", "joint"] = "cross_attention"
+    memory_positions: Literal["none", "rank"] = "none"
+    memory_encoding: Literal["encoder", "decoder", "decoder_in_passing"] = "encoder"
+    memory_writing: Literal["attention", "selection"] = "attention"
     memory_encoder_intermediate_size: int | None = None
     memory_encoder_num_attention_heads: int | None = None
     memory_encoder_num_key_value_heads: int | None = None
@@ -265,8 +281,8 @@ class RxTConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.bptt_turns is not None and self.bptt_turns < 1:
-            raise ValueError(f"bptt_turns must be at least 1, or None for all turns, got {self.bptt_turns}.")
+        if self.bptt_turns is not None and self.bptt_turns < 0:
+            raise ValueError(f"bptt_turns must not be negative, or None for all turns, got {self.bptt_turns}.")
         for name in ("memory_init_std", "num_experts", "num_shared_experts", "mlm_loss_coef", "memory_noise_std"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
@@ -298,9 +314,13 @@ class RxTConfig(PreTrainedConfig):
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and num_experts "
                 f"({self.num_experts})."
             )
-        self._validate_gate()
+        self._validate_memory()
 
-    def _validate_gate(self):
+    def _validate_memory(self):
+        if self.memory_positions == "rank" and self.memory_reading != "joint":
+            raise ValueError(
+                'memory_positions="rank" needs memory_reading="joint": the cross-attention has no positions.'
+            )
         kind, status, granularity = self.memory_gate_type, self.memory_gate_status, self.memory_gate_granularity
         if kind == "linear" and status != "slot" and granularity == "element":
             raise ValueError(

@@ -60,7 +60,8 @@ class RxTEpisodeMixin:
 
     def _carried(self: Any, states, turn):
         """What the write of that turn takes of the memory: cut off from the graph at every `bptt_turns`-th turn."""
-        ends = self.config.bptt_turns and turn and turn % self.config.bptt_turns == 0
+        bptt_turns = self.config.bptt_turns
+        ends = bptt_turns == 0 or (bptt_turns and turn and turn % bptt_turns == 0)
         return states.detach() if ends else states
 
     def read_states(
@@ -73,16 +74,24 @@ class RxTEpisodeMixin:
         """
         What each turn of an episode `inputs_embeds` of (batch_size, turns, tokens, hidden_size) reads, of
         (batch_size, turns, num_memory_layers, num_memory_slots, hidden_size), and the memory after the last. The same
-        numbers as turn by turn: all turns are encoded at once, and only the writes are in sequence. `write_mask`, as
-        `attention_mask` of (batch_size, turns, tokens), is 0 at tokens that are not written.
+        numbers as turn by turn: all turns are encoded at once, unless they are encoded under the memory that they
+        read, and only the writes are in sequence. `write_mask`, as `attention_mask` of (batch_size, turns, tokens), is
+        0 at tokens that are not written.
         """
-        flat_mask = None if attention_mask is None else attention_mask.flatten(0, 1)
-        keys_values_by_turn = by_turn(self.encode(inputs_embeds.flatten(0, 1), flat_mask), inputs_embeds.shape[1])
+        turns, encoded_by_turn = inputs_embeds.shape[1], None
+        if self.config.memory_encoding != "decoder_in_passing":
+            flat_mask = None if attention_mask is None else attention_mask.flatten(0, 1)
+            encoded_by_turn = by_turn(self.encode(inputs_embeds.flatten(0, 1), flat_mask), turns)
         read = []
-        for turn, keys_values in enumerate(keys_values_by_turn):
+        for turn in range(turns):
             read.append(states)
             turn_mask = None if write_mask is None else write_mask[:, turn]
-            states = self._write(self._carried(states, turn), keys_values, turn_mask)
+            if encoded_by_turn is not None:
+                encoded = encoded_by_turn[turn]
+            else:
+                mask = None if attention_mask is None else attention_mask[:, turn]
+                encoded = self.encode(inputs_embeds[:, turn], mask, states)
+            states = self._write(self._carried(states, turn), encoded, turn_mask)
         return torch.stack(read, dim=1), states
 
 
@@ -128,10 +137,10 @@ class RxTEpisodeLossMixin:
         return loss, STMCache(states, turns=turns.to(states.device) + masks.any(-1).sum(-1), fingerprint=fingerprint)
 
 
-def by_turn(keys_values, turns):
-    """For each turn its keys and values of every layer, from those of (batch_size * turns) rows."""
-    split = [[part.unflatten(0, (-1, turns)).unbind(1) for part in pair] for pair in keys_values]
-    return [[(keys[turn], values[turn]) for keys, values in split] for turn in range(turns)]
+def by_turn(encoded, turns):
+    """For each turn what writes it, by layer, from that of (batch_size * turns) rows."""
+    split = [[part.unflatten(0, (-1, turns)).unbind(1) for part in layer] for layer in encoded]
+    return [[tuple(part[turn] for part in layer) for layer in split] for turn in range(turns)]
 
 
 @contextlib.contextmanager

@@ -28,6 +28,11 @@ from transformers.generation import (
     GenerationConfig,
     GenerationMixin,
 )
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_masks_for_generate,
+    create_sliding_window_causal_mask,
+)
 
 from .cache_rxt import PendingSTMCache, STMCache, TurnCache, as_stm_cache
 
@@ -127,6 +132,8 @@ class RxTGenerationMixin(GenerationMixin):
         else:
             generation_config = copy.deepcopy(generation_config)
             generation_config.return_dict_in_generate = returns_dict
+        in_passing = returns_dict and self._writes_in_passing(config, update_memory)
+        kwargs |= {"output_hidden_states": True} if in_passing else {}
         output = super().generate(inputs, generation_config, stm_cache=stm_cache.states.detach(), **kwargs)
         if not returns_dict:
             return output
@@ -140,7 +147,9 @@ class RxTGenerationMixin(GenerationMixin):
             written, start = written[:, 0 if ids is None else ids.shape[1] :], 0
             embeds = embeds.repeat_interleave(copies, dim=0)
         mask = answer_mask(written[:, start:], config, kwargs.get("stopping_criteria"))
-        turn = (stm_cache, written, torch.cat([prompt_mask.to(mask), mask], dim=1), embeds)
+        mask = torch.cat([prompt_mask.to(mask), mask], dim=1)
+        layer_inputs = self._layer_inputs(output, config, mask.shape) if in_passing else None
+        turn = (stm_cache, written, mask, embeds, layer_inputs)
         if update_memory == "async":
             stm_cache = self._write_turn_async(*turn)
         elif update_memory:
@@ -177,12 +186,32 @@ class RxTGenerationMixin(GenerationMixin):
             return (ids != pad).long()
         return torch.ones(shape, dtype=torch.long, device=(ids if embeds is None else embeds).device)
 
-    def _write_turn(self, stm_cache, ids, mask, embeds):
+    def _writes_in_passing(self, config, update_memory):
+        """Whether the states of this turn are kept as `generate` computes them; else a write computes them again."""
+        is_plain = config.num_beams == 1 and config.cache_implementation in (None, "dynamic")
+        return bool(update_memory) and is_plain and self.config.memory_encoding == "decoder_in_passing"
+
+    def _layer_inputs(self, output, config, shape):
+        """
+        For each memory layer its inputs at all but the last token of an interaction of `shape`, from the hidden states
+        of each step, which the caller of `generate` sees only if they were asked for; `None` if some are missing.
+        """
+        steps = output.hidden_states
+        if not config.output_hidden_states:
+            output.hidden_states = None
+        memory_layers = self.config.memory_layers
+        memory_layers = range(self.config.num_hidden_layers) if memory_layers is None else memory_layers
+        if any(step[layer] is None for step in steps for layer in memory_layers):
+            return None
+        layer_inputs = [torch.cat([step[layer] for step in steps], dim=1) for layer in memory_layers]
+        return layer_inputs if layer_inputs[0].shape[:2] == (shape[0], shape[1] - 1) else None
+
+    def _write_turn(self, stm_cache, ids, mask, embeds, layer_inputs):
         """Writes prompt and answer, up to each row's own end, into the memory; `embeds` stand before the ids."""
         if embeds is None:
-            return self.update_memory(stm_cache, ids, mask)
+            return self.update_memory(stm_cache, ids, mask, layer_inputs=layer_inputs)
         embeds = torch.cat([embeds, self.get_input_embeddings()(ids)], dim=1)
-        return self.update_memory(stm_cache, inputs_embeds=embeds, attention_mask=mask)
+        return self.update_memory(stm_cache, inputs_embeds=embeds, attention_mask=mask, layer_inputs=layer_inputs)
 
     def _write_turn_async(self, *turn) -> PendingSTMCache:
         """The same write in another thread, under this thread's autocast and after this thread's GPU work."""
@@ -222,6 +251,19 @@ class RxTGenerationMixin(GenerationMixin):
         cache = TurnCache.of(model_kwargs.get("cache"))
         if cache is not None:
             model_kwargs["cache"] = cache if isinstance(cache, TurnCache) else TurnCache(cache, DynamicCache())
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs):
+        """
+        Masks of fixed shapes, for a static cache. A joint read puts slots in front of them, so they are never `None`.
+        """
+        if config.memory_reading != "joint":
+            return create_masks_for_generate(config, inputs_embeds, attention_mask, cache, **kwargs)
+        create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        return {
+            kind: create[kind](config, inputs_embeds, attention_mask, cache, allow_is_causal_skip=False)
+            for kind in set(config.layer_types)
+        }
 
     def _get_candidate_generator(self, *args, assistant_model=None, model_kwargs=None, **kwargs):
         """A draft model of another family has no memory to read."""

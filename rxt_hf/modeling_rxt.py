@@ -13,6 +13,7 @@
 # limitations under the License.
 """The Reactive Transformer (arXiv 2510.03561): decoder, memory encoder, memory attention, and the causal LM."""
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, _active_collector, capture_outputs
 
 from .cache_rxt import StateError, STMCache, TurnCache, as_stm_cache
 from .configuration_rxt import RxTConfig
@@ -322,12 +323,15 @@ class RxTSelfAttention(RxTAttention):
         # CODEPATH: converted Mistral and Qwen checkpoints slide, RxT presets do not
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
 
-    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, cache=None, **kwargs):
+    def forward(self, hidden_states, attention_mask=None, position_embeddings=None, cache=None, memory=None, **kwargs):
+        """`memory`, keys and values of slots, stands before the turn's own tokens, in one softmax with them."""
         position_embeddings = position_embeddings if self.use_rope else None
         queries = self.queries(hidden_states, position_embeddings)
         keys, values = self.keys_values(hidden_states, position_embeddings)
         if cache is not None:
             keys, values = cache.update(keys, values, self.layer_idx)
+        if memory is not None:
+            keys, values = torch.cat([memory[0], keys], dim=2), torch.cat([memory[1], values], dim=2)
         return self.attend(
             hidden_states, queries, keys, values, attention_mask, sliding_window=self.sliding_window, **kwargs
         )
@@ -446,7 +450,10 @@ class RxTSparseMoeBlock(nn.Module):
 
 
 class RxTDecoderLayer(GradientCheckpointingLayer):
-    """Self-attention, memory cross-attention (in `memory_layers`), feed-forward; each with a norm before it."""
+    """
+    Self-attention, memory cross-attention (in `memory_layers`), feed-forward; each with a norm before it. A joint
+    layer has no cross-attention: its self-attention reads the memory.
+    """
 
     def __init__(self, config: RxTConfig, layer_idx: int):
         super().__init__()
@@ -454,7 +461,9 @@ class RxTDecoderLayer(GradientCheckpointingLayer):
         self.memory_idx = memory_layers.index(layer_idx) if layer_idx in memory_layers else None
         self.input_layernorm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = RxTSelfAttention(config, layer_idx)
-        if self.memory_idx is not None:
+        self.is_joint = config.memory_reading == "joint"
+        self.slots_have_rank = config.memory_positions == "rank" and self.self_attn.use_rope
+        if self.memory_idx is not None and not self.is_joint:
             self.memory_cross_attn_layernorm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps)
             self.memory_layernorm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps)
             self.memory_cross_attn = RxTMemoryCrossAttention(config, layer_idx)
@@ -466,18 +475,35 @@ class RxTDecoderLayer(GradientCheckpointingLayer):
             else RxTMLP(config.hidden_size, config.intermediate_size, config.hidden_act, config.mlp_bias)
         )
 
-    def memory_keys_values(self, memory_states, cache, dtype):
-        """Keys and values of this layer's memory: from the cross part of the cache, which is filled once a turn."""
+    def memory_keys_values(self, memory_states, slot_embeddings=None):
+        """
+        Keys and values of one layer's slots, (batch_size, num_memory_slots, hidden_size). Those of an empty slot that
+        is read jointly are zeros; `slot_embeddings` rotate by the slots' places.
+        """
+        if not self.is_joint:
+            return self.memory_cross_attn.keys_values(self.memory_layernorm(memory_states))
+        filled = memory_states.ne(0).any(dim=-1)[:, None, :, None]
+        states = self.self_attn.keys_values(
+            self.input_layernorm(memory_states), slot_embeddings if self.slots_have_rank else None
+        )
+        return tuple(part * filled for part in states)
+
+    def read_memory(self, memory_states, cache, dtype, slot_embeddings):
+        """The same for this layer of the whole memory; with a cache they are computed once a turn."""
         cached = isinstance(cache, EncoderDecoderCache)
         if cached and cache.is_updated.get(self.memory_idx):
             layer = cache.cross_attention_cache.layers[self.memory_idx]
-            return layer.keys, layer.values
-        memory = self.memory_layernorm(memory_states[:, self.memory_idx].to(dtype))
-        keys, values = self.memory_cross_attn.keys_values(memory)
+            return (layer.keys, layer.values) if layer.keys.shape[2] else None
+        if memory_states is None:
+            return None
+        if memory_states.shape[2]:
+            keys, values = self.memory_keys_values(memory_states[:, self.memory_idx].to(dtype), slot_embeddings)
+        else:
+            keys = values = memory_states[:, :1]
         if cached:
             keys, values = cache.cross_attention_cache.update(keys, values, self.memory_idx)
             cache.is_updated[self.memory_idx] = True
-        return keys, values
+        return (keys, values) if keys.shape[2] else None
 
     def forward(
         self,
@@ -487,23 +513,27 @@ class RxTDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         cache: Cache | None = None,
         memory_mask: torch.Tensor | None = None,
+        slot_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         within_turn = cache
         if isinstance(cache, EncoderDecoderCache):
             within_turn = cache.self_attention_cache
+        memory = None
+        if self.memory_idx is not None:
+            memory = self.read_memory(memory_states, cache, hidden_states.dtype, slot_embeddings)
         update, _ = self.self_attn(
             self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
             position_embeddings=position_embeddings,
             cache=within_turn,
+            memory=memory if self.is_joint else None,
             **kwargs,
         )
         hidden_states = hidden_states + update
-        if self.memory_idx is not None:
-            keys, values = self.memory_keys_values(memory_states, cache, hidden_states.dtype)
+        if memory is not None and not self.is_joint:
             update, _ = self.memory_cross_attn(
-                self.memory_cross_attn_layernorm(hidden_states), keys, values, position_embeddings, memory_mask
+                self.memory_cross_attn_layernorm(hidden_states), *memory, position_embeddings, memory_mask
             )
             hidden_states = hidden_states + update
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -709,6 +739,98 @@ class RxTMemoryAttention(nn.Module):
         return torch.stack(new_states, dim=1)
 
 
+class RxTMemorySelection(nn.Module):
+    r"""
+    The write as a choice (ours, no part of the paper): old slots and new tokens compete, and the `num_memory_slots`
+    most salient stay, the same tokens in all layers, in the order of time. A kept slot stays bit-identical; in terms
+    of the residual gate, its values are 0 and 1. Free slots are zeros, behind the filled ones.
+
+        salience = weight . (x / rms(x)) - age_penalty * (number of later candidates)
+                   - repeat_penalty * (whether a later candidate has the same state)
+
+    where `x` is the candidate's state in the first memory layer. In the first decoder layer that is the embedding, so
+    that there "the same state" is the same token. All of it follows from the states and the order of the slots: a
+    memory needs nothing beside them.
+    """
+
+    def __init__(self, config: RxTConfig):
+        super().__init__()
+        self.num_slots = config.num_memory_slots
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.age_penalty = nn.Parameter(torch.empty(1))
+        self.repeat_penalty = nn.Parameter(torch.empty(1))
+
+    def features(self, states: torch.Tensor, is_candidate: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """
+        What the salience of `states`, (batch_size, candidates, hidden_size) in the first memory layer, is made of: the
+        normalised states, how many later candidates there are, and whether one of these has the same state.
+        """
+        normed = F.rms_norm(upcast(states), states.shape[-1:], eps=1e-6)
+        later = is_candidate.flip(-1).cumsum(-1).flip(-1) - is_candidate.long()
+        same = (normed @ normed.transpose(1, 2)) > 0.999 * states.shape[-1]
+        return normed, later, (same & is_candidate[:, None]).triu(diagonal=1).any(dim=-1)
+
+    def salience(self, states: torch.Tensor, is_candidate: torch.Tensor) -> torch.Tensor:
+        """Salience of each candidate, (batch_size, candidates), at least float32; -inf where there is none."""
+        normed, later, is_repeated = self.features(states, is_candidate)
+        weight, age_penalty, repeat_penalty = map(upcast, (self.weight, self.age_penalty, self.repeat_penalty))
+        scores = normed @ weight - age_penalty * later - repeat_penalty * is_repeated
+        return scores.masked_fill(~is_candidate, -torch.inf)
+
+    def forward(self, states: torch.Tensor, encoded: list[torch.Tensor], attention_mask: torch.Tensor) -> torch.Tensor:
+        """
+        The memory after one more interaction.
+
+        Args:
+            states (`torch.Tensor` of shape `(batch_size, layers, num_memory_slots, hidden_size)`): the memory so far.
+            encoded (`list[torch.Tensor]` of shape `(batch_size, tokens, hidden_size)`): states of its tokens, by
+            layer.
+            attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`): True at what may be kept.
+        """
+        candidates = torch.cat([states, torch.stack(encoded, dim=1).to(states.dtype)], dim=2)
+        is_candidate = torch.cat([filled_slots(states), attention_mask], dim=1)
+        with torch.no_grad():
+            scores = self.salience(candidates[:, 0], is_candidate)
+            kept = scores.topk(self.num_slots, dim=-1).indices.sort(dim=-1).values
+            # what is no candidate goes behind all that is, and is cleared
+            is_kept = is_candidate.gather(1, kept)
+            order = (~is_kept).long().argsort(dim=-1, stable=True)
+            kept, is_kept = kept.gather(1, order), is_kept.gather(1, order)
+        index = kept[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+        return candidates.gather(2, index).masked_fill(~is_kept[:, None, :, None], 0)
+
+
+def filled_slots(states: torch.Tensor) -> torch.Tensor:
+    """True for each slot of (batch_size, layers, slots, hidden_size) that is not all zeros: (batch_size, slots)."""
+    return states.ne(0).any(dim=-1).any(dim=1)
+
+
+def without_last_token(attention_mask: torch.Tensor) -> torch.Tensor:
+    """
+    True at all real tokens of (batch_size, tokens) but the last of each row. That ends the interaction: it says
+    nothing, and `generate` never computes its states.
+    """
+    attention_mask = attention_mask.bool()
+    return attention_mask & (attention_mask.flip(-1).cumsum(-1).flip(-1) > 1)
+
+
+class _BehindSlots:
+    """A cache as masks see it, with so many slots before the turn's first token."""
+
+    def __init__(self, cache: Cache, slots: int):
+        self._cache, self._slots = cache, slots
+
+    def __getattr__(self, name):
+        return getattr(self._cache, name)
+
+    def get_query_offset(self, layer_idx: int = 0):
+        return self._cache.get_query_offset(layer_idx) + self._slots
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        length, offset = self._cache.get_mask_sizes(query_length, layer_idx)
+        return length + self._slots, offset
+
+
 @auto_docstring
 class RxTPreTrainedModel(PreTrainedModel):
     config: RxTConfig
@@ -760,6 +882,10 @@ class RxTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RxTRotaryEmbedding):
             for name, frequencies in module.initial_frequencies().items():
                 init.copy_(getattr(module, name), frequencies)
+        elif isinstance(module, RxTMemorySelection):
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.constant_(module.age_penalty, 0.01)
+            init.constant_(module.repeat_penalty, 3.0)
         elif isinstance(module, RxTModel) and module.initial_memory is not None:
             init.normal_(module.initial_memory, mean=0.0, std=self.config.memory_init_std)
 
@@ -787,13 +913,22 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         # CODEPATH: some RxT-Alpha checkpoints have no norm before the head, RxT presets do
         self.norm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps) if config.use_final_norm else nn.Identity()
         self.rotary_emb = RxTRotaryEmbedding(config)
-        self.memory_encoder = RxTMemoryEncoder(config)
-        self.memory_attention = RxTMemoryAttention(config)
+        self.memory_encoder = self.memory_attention = self.memory_selection = None
+        # CODEPATH: RxT presets have the paper's encoder and write; converted language models encode with their own
+        # layers, and choose
+        if config.memory_encoding == "encoder":
+            self.memory_encoder = RxTMemoryEncoder(config)
+        # CODEPATH: as above
+        if config.memory_writing == "selection":
+            self.memory_selection = RxTMemorySelection(config)
+        else:
+            self.memory_attention = RxTMemoryAttention(config)
         self.initial_memory = None
         # CODEPATH: RxT presets learn it, checkpoints of RxT-Alpha and RxT-Beta start from noise
         if config.memory_init == "learned":
             shape = (config.num_memory_layers, config.num_memory_slots, config.hidden_size)
             self.initial_memory = nn.Parameter(torch.empty(shape))
+        self.leaves_out_last_token = config.memory_writing == "selection" or config.memory_encoding.endswith("passing")
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -818,48 +953,104 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         """
         dtype = self.embed_tokens.weight.dtype
         layers = [layer for layer in self.layers if layer.memory_idx is not None]
-        return [layer.memory_keys_values(states, None, dtype) for layer in layers]
+        slot_embeddings = self._slot_embeddings(states[:, 0], states.shape[2])
+        return [layer.memory_keys_values(states[:, layer.memory_idx].to(dtype), slot_embeddings) for layer in layers]
+
+    def _slot_embeddings(self, like: torch.Tensor, slots: int):
+        """What rotates the keys of slots by their places in time, where that is asked for."""
+        # CODEPATH: converted language models ask for it, RxT presets have cross-attention
+        if self.config.memory_positions != "rank":
+            return None
+        return rotary_tables(*self.rotary_emb(like, torch.arange(slots, device=like.device)[None]))
 
     def encode(
-        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values that write the interactions in `inputs_embeds` of (batch_size, tokens, hidden_size)."""
-        return self.memory_attention.keys_values(*self.encoded_states(inputs_embeds, attention_mask))
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        memory_states: torch.Tensor | None = None,
+    ) -> list[tuple[torch.Tensor, ...]]:
+        """
+        What writes the interactions in `inputs_embeds` of (batch_size, tokens, hidden_size), for each memory layer:
+        keys and values, or with `memory_writing="selection"` the states themselves. `memory_states`, the memory under
+        which they were said, is needed by `memory_encoding="decoder_in_passing"` alone.
+        """
+        # CODEPATH: converted language models train without a gradient here, RxT presets with one
+        has_gradient = torch.is_grad_enabled() and self.config.bptt_turns != 0
+        with torch.set_grad_enabled(has_gradient):
+            return self.writable(*self.encoded_states(inputs_embeds, attention_mask, memory_states))
+
+    def writable(
+        self, encoded_states: list[torch.Tensor], position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> list[tuple[torch.Tensor, ...]]:
+        """What the write takes of `encoded_states`."""
+        if self.memory_attention is None:
+            return [(states,) for states in encoded_states]
+        return self.memory_attention.keys_values(encoded_states, position_embeddings)
 
     def encoded_states(
-        self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        memory_states: torch.Tensor | None = None,
     ) -> tuple[list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-        """The memory encoder's states of each layer, and the position embeddings of their tokens."""
+        """States that encode an interaction for each memory layer, and the position embeddings of their tokens."""
         if attention_mask is not None:
             # a row without a token would attend to nothing; what it encodes is thrown away by the write
             attention_mask = attention_mask.bool() | ~attention_mask.any(dim=-1, keepdim=True)
         position_ids = positions_in_interaction(attention_mask, inputs_embeds)
         position_embeddings = rotary_tables(*self.rotary_emb(inputs_embeds, position_ids))
-        return self.memory_encoder(inputs_embeds, attention_mask, position_embeddings), position_embeddings
+        if self.memory_encoder is not None:
+            return self.memory_encoder(inputs_embeds, attention_mask, position_embeddings), position_embeddings
+        # CODEPATH: a converted language model starts with the first, and may end with the second
+        if self.config.memory_encoding == "decoder":
+            memory_states = None
+        elif memory_states is None:
+            raise ValueError('memory_encoding="decoder_in_passing" encodes under the memory that was read: give it.')
+        layer_inputs: list[torch.Tensor] = []
+        with nothing_recorded():
+            self.decode(inputs_embeds, memory_states, attention_mask, layer_inputs=layer_inputs)
+        return layer_inputs, position_embeddings
+
+    def write_layer_inputs(
+        self, states: torch.Tensor, layer_inputs: list[torch.Tensor], attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        The memory after an interaction whose states the decoder computed in passing, those of its last token left out.
+        """
+        position_ids = positions_in_interaction(attention_mask, attention_mask)[:, : layer_inputs[0].shape[1]]
+        position_embeddings = rotary_tables(*self.rotary_emb(layer_inputs[0], position_ids))
+        return self._write(states, self.writable(layer_inputs, position_embeddings), attention_mask)
 
     def write(
         self, states: torch.Tensor, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The memory after one more interaction: memory encoder, then memory attention."""
-        return self._write(states, self.encode(inputs_embeds, attention_mask), attention_mask)
+        """The memory after one more interaction, which is encoded first."""
+        return self._write(states, self.encode(inputs_embeds, attention_mask, states), attention_mask)
 
-    def _write(self, states, keys_values, attention_mask):
+    def _write(self, states, encoded, attention_mask):
         """The write itself; rows without a token keep their memory bit-identical."""
+        if self.leaves_out_last_token:
+            if attention_mask is None:
+                attention_mask = torch.ones(encoded[0][0].shape[:1] + encoded[0][0].shape[-2:-1], device=states.device)
+            # the states as `generate` computed them lack the last token
+            attention_mask = without_last_token(attention_mask)[:, : encoded[0][0].shape[-2]]
+        if self.memory_selection is not None:
+            return self.memory_selection(states, [layer for (layer,) in encoded], attention_mask)
         if attention_mask is None:
-            return self.memory_attention(states, keys_values)
+            return self.memory_attention(states, encoded)
         active = attention_mask.any(dim=-1)
         attention_mask = attention_mask.bool() | ~active[:, None]
         mask = varlen = None
         if is_flash_attention_requested(self.config):
-            keys_values, varlen = packed(keys_values, attention_mask, slots=states.shape[2])
+            encoded, varlen = packed(encoded, attention_mask, slots=states.shape[2])
         else:
             mask = create_bidirectional_mask(
                 config=self.config,
                 inputs_embeds=states[:, 0],
                 attention_mask=attention_mask,
-                encoder_hidden_states=keys_values[0][0][:, 0],
+                encoder_hidden_states=encoded[0][0][:, 0],
             )
-        new_states = self.memory_attention(states, keys_values, mask, varlen)
+        new_states = self.memory_attention(states, encoded, mask, varlen)
         return torch.where(active[:, None, None, None], new_states, states)
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -969,29 +1160,31 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         position_ids: torch.LongTensor | None = None,
         cache: Cache | None = None,
         memory_mask: torch.Tensor | None = None,
+        layer_inputs: list[torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
         Hidden states of one interaction for each row, read under `memory_states`, which may be `None` if the cross
-        part of `cache` holds its keys and values already (see `memory_keys_values`). `memory_mask` of
-        (batch_size, slots) is 0 where nothing is to be read. An `attention_mask` that is a dict gives the mask of the
-        tokens for each kind in `config.layer_types`, as the attention implementation takes it.
+        part of `cache` holds its keys and values already (see `memory_keys_values`); without either, no memory is
+        read. `memory_mask` of (batch_size, slots) is 0 where nothing is to be read. An `attention_mask` that is a dict
+        gives the mask of the tokens for each kind in `config.layer_types`, as the attention implementation takes it.
+        To `layer_inputs`, if given, the inputs of the memory layers are appended, and nothing behind the last of them
+        is computed.
         """
         if position_ids is None:
             position_ids = positions_in_interaction(attention_mask, inputs_embeds, cache)
-        mask_kwargs = {
-            "config": self.config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "cache": cache,
-            "position_ids": position_ids,
-        }
-        masks = attention_mask
-        if not isinstance(masks, dict):
-            masks = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-            masks = {kind: masks[kind](**mask_kwargs) for kind in set(self.config.layer_types)}
-
-        if memory_mask is not None:
+        plain_masks = self._causal_masks(inputs_embeds, attention_mask, position_ids, cache)
+        masks, slot_embeddings = plain_masks, None
+        # CODEPATH: converted language models read jointly, RxT presets by cross-attention
+        if self.config.memory_reading == "joint":
+            memory_states, filled = self._filled(memory_states, memory_mask, cache, attention_mask)
+            memory_mask = None
+            if filled is not None:
+                masks = self._masks_behind_slots(inputs_embeds, attention_mask, cache, filled, memory_states)
+                slot_embeddings = self._slot_embeddings(inputs_embeds, filled.shape[1])
+                if slot_embeddings is not None:
+                    position_ids = position_ids + filled.sum(dim=-1, keepdim=True)
+        elif memory_mask is not None:
             memory_mask = create_bidirectional_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
@@ -1000,18 +1193,101 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
             )
         hidden_states = inputs_embeds
         position_embeddings = rotary_tables(*self.rotary_emb(hidden_states, position_ids))
-        for layer_idx, layer in enumerate(self.layers):
+        num_memory_layers = self.config.num_memory_layers
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
+            if layer_inputs is not None and layer.memory_idx is not None:
+                layer_inputs.append(hidden_states)
+                if len(layer_inputs) == num_memory_layers:
+                    return hidden_states
             hidden_states = layer(
                 hidden_states,
                 memory_states,
-                attention_mask=masks[self.config.layer_types[layer_idx]],
+                (plain_masks if layer.memory_idx is None else masks)[kind],
                 position_embeddings=position_embeddings,
                 cache=cache,
                 memory_mask=memory_mask,
+                slot_embeddings=slot_embeddings,
                 position_ids=position_ids,
                 **kwargs,
             )
         return self.norm(hidden_states)
+
+    def _causal_masks(self, inputs_embeds, attention_mask, position_ids, cache):
+        """The mask of each type of layer, over the turn's own tokens."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
+        create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        return {
+            kind: create[kind](
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache=cache,
+            )
+            for kind in set(self.config.layer_types)
+        }
+
+    def _filled(self, memory_states, memory_mask, cache, attention_mask):
+        """
+        The memory to be read jointly, and which of its slots are filled, (batch_size, slots). Nothing at all where no
+        slot is: then the numbers are those of a model without a memory, bit for bit.
+        """
+        if isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(0):
+            # an empty slot's values are zeros
+            values = cache.cross_attention_cache.layers[0].values
+            return None, values.ne(0).any(dim=-1).any(dim=1) if values.shape[2] else None
+        if memory_states is None:
+            return None, None
+        filled = filled_slots(memory_states)
+        if memory_mask is not None:
+            filled = filled & memory_mask.bool()
+            memory_states = memory_states * filled[:, None, :, None]
+        # fixed shapes keep their slots, and in training the selection takes part even where there is nothing to read
+        is_fixed = self.training or isinstance(attention_mask, dict) or getattr(cache, "is_compileable", False)
+        if not (is_fixed or torch.compiler.is_compiling() or filled.any()):
+            return memory_states[:, :, :0], None
+        return memory_states, filled
+
+    def _masks_behind_slots(self, inputs_embeds, attention_mask, cache, filled, memory_states):
+        """The masks of layers whose self-attention reads the memory: slots stand where earlier tokens would."""
+        slots = filled.shape[1]
+        if isinstance(attention_mask, dict):
+            masks = {}
+            for kind, mask in attention_mask.items():
+                to_slots = filled[:, None, None, :].expand(-1, -1, mask.shape[2], -1)
+                if mask.dtype != torch.bool:
+                    hidden = torch.full((), torch.finfo(mask.dtype).min, dtype=mask.dtype, device=mask.device)
+                    to_slots = torch.where(to_slots, torch.zeros_like(hidden), hidden)
+                masks[kind] = torch.cat([to_slots.expand(mask.shape[0], mask.shape[1], -1, -1), mask], dim=-1)
+            return masks
+        if attention_mask is None:
+            past = 0 if cache is None else cache.get_seq_length()
+            attention_mask = filled.new_ones((len(filled), past + inputs_embeds.shape[1]))
+        attention_mask = torch.cat([filled, attention_mask.bool()], dim=1)
+        behind = _BehindSlots(DynamicCache(config=self.config) if cache is None else cache, slots)
+        masks = self._causal_masks(inputs_embeds, attention_mask, None, behind)
+        if self.training and self.memory_selection is not None and memory_states is not None:
+            masks = self._with_salience(masks, memory_states, filled)
+        return masks
+
+    def _with_salience(self, masks, memory_states, filled):
+        """
+        The masks plus zero, with a gradient: what a slot's salience would have changed had it been a bias of the
+        attention to it. So the choice, which is hard, learns from how much its slots are read.
+        """
+        salience = self.memory_selection.salience(memory_states[:, 0].detach(), filled).masked_fill(~filled, 0.0)
+        if not salience.requires_grad or any(
+            not isinstance(mask, torch.Tensor) or mask.dim() != 4 for mask in masks.values()
+        ):
+            return masks
+        bias = (salience - salience.detach())[:, None, None]
+        with_bias = {}
+        for kind, mask in masks.items():
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=memory_states.dtype).masked_fill(~mask, -torch.inf)
+            with_bias[kind] = mask + F.pad(bias.to(mask.dtype), (0, mask.shape[-1] - filled.shape[1]))
+        return with_bias
 
 
 def positions_in_interaction(attention_mask, inputs_embeds, cache=None) -> torch.Tensor:
@@ -1038,6 +1314,19 @@ def check_mask_shape(attention_mask, inputs_embeds, cache) -> None:
             f"attention_mask of shape {tuple(attention_mask.shape)} does not fit an interaction of shape "
             f"{tuple(expected)}."
         )
+
+
+@contextlib.contextmanager
+def nothing_recorded():
+    """Layers that run here give nothing to the hidden states, attentions or router logits that a forward returns."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    token = _active_collector.set(None)
+    try:
+        yield
+    finally:
+        _active_collector.reset(token)
 
 
 def packed(keys_values, attention_mask, slots):
@@ -1129,6 +1418,7 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTEpisodeLossMixin
         attention_mask: torch.Tensor | None = None,
         *,
         inputs_embeds: torch.Tensor | None = None,
+        layer_inputs: list[torch.Tensor] | None = None,
     ) -> STMCache:
         r"""
         Writes one finished interaction, query and answer with their control tokens, into the memory:
@@ -1139,6 +1429,9 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTEpisodeLossMixin
             input_ids (`torch.LongTensor` of shape `(batch_size, tokens)`): the interaction.
             attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*): 0 at padding, on any side.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, tokens, hidden_size)`): in place of `input_ids`.
+            layer_inputs (`list[torch.Tensor]` of shape `(batch_size, tokens, hidden_size)`, *optional*): with
+                `memory_encoding="decoder_in_passing"`, the inputs of the memory layers as the turn computed them, but
+                for its last token: then nothing is computed again.
 
         Returns: a new [`STMCache`] in the dtype of the old one. A row without a token keeps its memory bit-identical.
 
@@ -1154,7 +1447,12 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTEpisodeLossMixin
             )
         old = self.init_stm(embeds.shape[0]) if stm_cache is None else stm_cache
         old = as_stm_cache(old, batch_size=embeds.shape[0], config=self.config)
-        states = self.model.write(old.states, embeds, attention_mask)
+        if layer_inputs is None:
+            states = self.model.write(old.states, embeds, attention_mask)
+        else:
+            if attention_mask is None:
+                attention_mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+            states = self.model.write_layer_inputs(old.states, layer_inputs, attention_mask)
         if not torch.isfinite(states).all():
             raise StateError("The memory update produced values that are not finite; the old memory is unchanged.")
         written = 1 if attention_mask is None else attention_mask.any(-1).to(old.turns)

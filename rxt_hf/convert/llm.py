@@ -107,7 +107,8 @@ _INVALID_GENERATION = "The generation config of {} is invalid: {}"
 _MODES = ("training", "gradient_checkpointing")
 _VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 _FRESH = re.compile(
-    r"model\.(initial_memory$|memory_attention\.|layers\.\d+\.(memory_cross_attn|memory_cross_attn_layernorm|memory_layernorm)\.)"
+    r"model\.(initial_memory$|memory_attention\.|memory_selection\.|"
+    r"layers\.\d+\.(memory_cross_attn|memory_cross_attn_layernorm|memory_layernorm)\.)"
 )
 # The outermost modules that exist for the memory's sake.
 _MEMORY_MODULES = re.compile(r"model\.(layers\.\d+\.)?memory_\w+")
@@ -460,7 +461,7 @@ def _mapped_tensors(source: PreTrainedModel, config: RxTConfig) -> dict[str, tor
         for target in targets:
             if "{memory}" not in target:
                 tensors[target.format(layer=index)] = tensor
-            elif index in memory_layers:
+            elif index in memory_layers and config.memory_encoding == "encoder":
                 tensors[target.format(memory=memory_layers.index(index))] = tensor
     if unmapped:
         raise ValueError(f"from_llm does not cover these tensors of the source: {', '.join(unmapped)}.")

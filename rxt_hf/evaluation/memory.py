@@ -343,7 +343,7 @@ def gate_values(model: RxTForCausalLM) -> Generator[dict[str, list[torch.Tensor]
 
     handles = [
         module.register_forward_hook(hook_of(name))
-        for name, module in model.model.memory_attention.named_modules()
+        for name, module in (model.model.memory_attention or torch.nn.Module()).named_modules()
         if isinstance(module, RxTResidualGate) and module.activation != "none"
     ]
     try:

@@ -69,6 +69,11 @@ class RxTForPreTraining(RxTForCausalLM):
     """
 
     def __init__(self, config: RxTConfig):
+        if (config.memory_encoding, config.memory_writing) != ("encoder", "attention"):
+            raise ValueError(
+                "RxTForPreTraining trains a memory encoder and a memory attention, which this configuration has not: "
+                f"memory_encoding={config.memory_encoding!r}, memory_writing={config.memory_writing!r}."
+            )
         super().__init__(config)
         self.loss_type = "ForCausalLM"
 
@@ -146,7 +151,7 @@ class RxTForPreTraining(RxTForCausalLM):
         batch_size, turns, _ = input_ids.shape
         embeds, mask = self.model.embed_tokens(input_ids).flatten(0, 1), attention_mask.flatten(0, 1)
         encoded_states, position_embeddings = self.model.encoded_states(embeds, mask)
-        keys_values = self.model.memory_attention.keys_values(encoded_states, position_embeddings)
+        keys_values = self.model.writable(encoded_states, position_embeddings)
         # memory and encoder differ in scale: only directions are mixed
         encoded_states = torch.stack(
             [

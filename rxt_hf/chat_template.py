@@ -1,10 +1,14 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """Control tokens, the chat template of one interaction, and tokenizers that speak it."""
 
-import copy
-from collections.abc import Iterable, Sequence
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, cast
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from jinja2 import TemplateError
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 CONTROL_TOKENS: dict[str, str] = {
@@ -20,22 +24,35 @@ CONTROL_TOKENS: dict[str, str] = {
     "tool_call_token": "[C]",
 }
 
-# Text that spells a control token gets the noncharacter U+FDD0 behind its "[" and then matches no control token; the
-# tokenizer's normalizer, which runs after that match, removes it. A "[" that U+FDD0 follows already is escaped too:
-# the normalizer takes away exactly what was put in, and the model sees every text as it was typed.
+_NEEDED = ("bos_token", "instruction_token", "query_token", "answer_token", "eos_token")
+# what precedes the text of a message, and the roles of interactions that have nothing beside it
+_MARKS = {"system": "[I]", "user": "[Q]", "assistant": "[A]"}
+_PLAIN = (("user",), ("user", "assistant"), ("system",), ("system", "user"), ("system", "user", "assistant"))
+
+# A character that stands for nothing (U+FDD0 is a noncharacter). In text that spells a special token it is put behind
+# the first character, so that no special token matches, and the first step of the pre-tokenizer takes it away: it
+# comes after that match, and cuts there, so that no vocabulary can hold the whole either. Where U+FDD0 follows such
+# a character already, another one is put in: exactly what was put in is taken away again.
 ESCAPE = "\ufdd0"
-_ESCAPES = {f"[{rest}": f"[{ESCAPE}{rest}" for rest in (ESCAPE, *(text[1:] for text in CONTROL_TOKENS.values()))}
-_ESCAPE_FILTERS = "".join(f" | replace({text!a}, {escaped!a})" for text, escaped in _ESCAPES.items())
 
 # The parts of a message are joined before they are escaped: "[" and "A]" are harmless, "[A]" is not.
-CHAT_TEMPLATE = r"""
-{%- macro escape(text) -%}{{- textESCAPE_FILTERS -}}{%- endmacro -%}
+_TEMPLATE = r"""
+{%- macro escape(text) -%}
+    {%- set said = namespace(text=text) -%}
+    {%- for first, spellings in ESCAPES if first in text -%}
+        {%- for spelling in spellings -%}
+            {%- set said.text = said.text | replace(spelling, first ~ 'ESCAPE' ~ spelling[1:]) -%}
+        {%- endfor -%}
+    {%- endfor -%}
+    {{- said.text -}}
+{%- endmacro -%}
 {%- macro text(content) -%}
     {%- if content is string -%}
         {{- escape(content) -}}
     {%- elif content is defined and content is sequence and content is not mapping -%}
         {%- for part in content if part is not mapping or part.type != 'text' or part.text is not string -%}
-            {{- raise_exception("An RxT reads text only: each part must be {'type': 'text', 'text': '...'}.") -}}
+            {{- raise_exception("An RxT reads text only: each part must be {'type': 'text', 'text': '...'}, got "
+                ~ ('one of the type ' ~ (part.type | string) if part is mapping else 'no mapping') ~ '.') -}}
         {%- endfor -%}
         {{- escape(content | map(attribute='text') | join) -}}
     {%- else -%}
@@ -43,7 +60,11 @@ CHAT_TEMPLATE = r"""
     {%- endif -%}
 {%- endmacro -%}
 {%- macro tool_call(function) -%}
-    {%- set arguments = function.arguments if function.arguments is string else function.arguments | tojson -%}
+    {%- if function.name is not string -%}
+        {{- raise_exception('A tool call needs the name of a function, a string.') -}}
+    {%- endif -%}
+    {%- set given = function.arguments or {} -%}
+    {%- set arguments = given if given is string else given | tojson -%}
     [C]{{- escape('{"name": ' ~ function.name | tojson ~ ', "arguments": ' ~ arguments ~ '}') -}}
 {%- endmacro -%}
 {%- if tools or documents -%}
@@ -82,7 +103,31 @@ CHAT_TEMPLATE = r"""
         {{- '[T]' if thinking else '[A]' -}}
     {%- endif -%}
 {%- endif -%}
-""".replace("ESCAPE_FILTERS", _ESCAPE_FILTERS)
+"""
+
+
+@lru_cache(maxsize=16)
+def _escapes(special: tuple[str, ...]) -> list[tuple[str, list[str]]]:
+    """For each first character what must not be read as it stands: ESCAPE is put behind the first character of it."""
+    spellings: dict[str, list[str]] = {}
+    for text in sorted(special):
+        spellings.setdefault(text[0], [text[0] + ESCAPE]).append(text)
+    for first, texts in spellings.items():
+        # occurrences of "aba" can overlap, and replacing would miss one; "a[" may end in a control token behind the
+        # text: then every "a" is escaped
+        if any("[" in text[1:] or any(text.startswith(text[-n:]) for n in range(1, len(text))) for text in texts):
+            spellings[first] = [first]
+    return list(spellings.items())
+
+
+@lru_cache(maxsize=16)
+def _template(special: tuple[str, ...]) -> str:
+    """The chat template that keeps these special tokens from being typed."""
+    escapes = ascii([list(escape) for escape in _escapes(special)])
+    return _TEMPLATE.replace("ESCAPES", escapes).replace("ESCAPE", ascii(ESCAPE)[1:-1])
+
+
+CHAT_TEMPLATE = _template(tuple(CONTROL_TOKENS.values()))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024, max_length: int = 1024) -> PreTrainedTokenizerFast:
@@ -123,20 +168,70 @@ def add_control_tokens(tokenizer: PreTrainedTokenizerFast, max_length: int | Non
     r"""
     Gives a copy of a pretrained tokenizer the control tokens (new ids at the end) and the chat template of RxT.
 
-    Ids of ordinary text stay as they were. `max_length` defaults to the tokenizer's `model_max_length`.
+    Ids of ordinary text stay as they were, but for the space that SentencePiece puts before a text: it is left out, as
+    transformers does behind a special token, and so every text comes back as it was given. No special token of the
+    pretrained tokenizer can be typed either. `max_length` defaults to the tokenizer's `model_max_length`.
 
     Raises:
-        `ValueError` if the vocabulary holds the text of a control token as an ordinary token.
+        `ValueError` if the vocabulary holds the text of a control token as an ordinary token, or a special token that
+        text could not be told from.
     """
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in rules["added_tokens"]:
+        if token["special"]:
+            # matched as it is written and nowhere else, so that escaped text holds none
+            token |= {"normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
+    for step in ("normalizer", "pre_tokenizer", "decoder"):
+        rules[step] = _without_added_spaces(rules[step])
+    backend = Tokenizer.from_str(json.dumps(rules))
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     taken = [text for text in CONTROL_TOKENS.values() if text not in special and backend.token_to_id(text) is not None]
     if taken:
         raise ValueError(
             f"The vocabulary holds {taken} as ordinary tokens: text could not be told from control tokens."
         )
+    if short := sorted(text for text in special if len(text) < 2 or text[0] == ESCAPE):
+        raise ValueError(f"The special tokens {short} cannot be told from text: they are single characters.")
     backend.add_special_tokens(_added_tokens())
-    return _with_template(backend, max_length or tokenizer.model_max_length)
+    added = backend.get_added_tokens_decoder().values()
+    first = {token.content[0] for token in added if token.special}
+    texts = [token.content for token in added if not token.special]
+    if greedy := sorted(text for text in texts if text[-1] in first or "[" in text[1:]):
+        raise ValueError(f"The added tokens {greedy} would take in the start of a control token that follows them.")
+    extended = _with_template(backend, max_length or tokenizer.model_max_length)
+    _check_special_tokens(extended)
+    return extended
+
+
+def _without_added_spaces(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """
+    A step of a tokenizer that puts no space before a text and takes none away. SentencePiece's first space is put in
+    at the start of a document or of each part: text that follows a control token would read otherwise than it stands.
+    """
+    if step is None or step["type"] == "Prepend" or (step["type"] == "Strip" and step.get("content") == " "):
+        return None
+    changed = dict(step)
+    if step["type"] == "Metaspace":
+        changed["prepend_scheme"] = "never"
+    if step["type"] == "ByteLevel":
+        changed["add_prefix_space"] = False
+    for parts in ("normalizers", "pretokenizers", "decoders"):
+        if parts in step:
+            changed[parts] = [part for part in map(_without_added_spaces, step[parts]) if part is not None]
+    return changed
+
+
+def _check_special_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Tries each special token as text; an unknown token is what unknown text may become."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    unknown = model.get("unk_token")
+    if model.get("unk_id") is not None:
+        unknown = model["vocab"][model["unk_id"]][0]
+    special = {token_id: token.content for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    typed = encode_texts(tokenizer, list(special.values()))
+    found = {special[token_id] for ids in typed for token_id in ids if token_id in special} - {unknown}
+    if found:
+        raise ValueError(f"The tokenizer reads {sorted(found)} in text that spells them, whatever is put between.")
 
 
 def encode_interactions(
@@ -149,8 +244,7 @@ def encode_interactions(
     r"""
     Encodes interactions as the chat template does: `[BOS][Q]query[A]answer[EOS]`, with `[I]instruction` before `[Q]`.
 
-    The texts are encoded apart from the control ids, so no text can become one. The turns of one dialogue give an
-    episode as `RxTEpisodeCollator` takes it.
+    No text can become a control id. The turns of one dialogue give an episode as `RxTEpisodeCollator` takes it.
 
     Args:
         answers (`Sequence[str | None]`, *optional*): without one, the prompt that ends in `[A]`.
@@ -162,29 +256,20 @@ def encode_interactions(
     Raises:
         `ValueError` if the columns differ in length, or an interaction is longer than `tokenizer.model_max_length`.
     """
-    names = ("bos_token", "instruction_token", "query_token", "answer_token", "eos_token")
-    if missing := [CONTROL_TOKENS[name] for name in names if not hasattr(tokenizer, name)]:
-        raise ValueError(f"The tokenizer lacks the control tokens {missing}: use add_control_tokens(tokenizer).")
-    bos, instruction_id, query_id, answer_id, eos = (getattr(tokenizer, f"{name}_id") for name in names)
     columns = [[None] * len(queries) if column is None else column for column in (instructions, queries, answers)]
     if len({len(column) for column in columns}) != 1:
         raise ValueError(
             f"{len(columns[1])} queries need as many answers and instructions, got {len(columns[2])} answers "
             f"and {len(columns[0])} instructions."
         )
-    batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for instruction, query, answer in zip(*(encode_texts(tokenizer, column) for column in columns), strict=True):
-        before_query = [bos] if instruction is None else [bos, instruction_id, *instruction]
-        prompt = [*before_query, query_id, *query, answer_id]
-        target = [] if answer is None else [*answer, eos]
-        if len(prompt) + len(target) > tokenizer.model_max_length:
-            raise ValueError(
-                f"Interaction {len(batch['labels'])} has {len(prompt) + len(target)} tokens, more than "
-                f"model_max_length={tokenizer.model_max_length}: shorten it or split it into several turns."
-            )
-        batch["input_ids"].append(prompt + target)
-        batch["labels"].append([-100] * len(prompt) + target)
-    return batch
+    roles = ("system", "user", "assistant")
+    return encode_chats(
+        tokenizer,
+        [
+            [{"role": role, "content": text} for role, text in zip(roles, row, strict=True) if text is not None]
+            for row in zip(*columns, strict=True)
+        ],
+    )
 
 
 def encode_interaction(
@@ -195,15 +280,97 @@ def encode_interaction(
     return {name: rows[0] for name, rows in batch.items()}
 
 
+def encode_chats(
+    tokenizer: PreTrainedTokenizerFast, chats: Sequence[Sequence[Mapping[str, Any]]]
+) -> dict[str, list[list[int]]]:
+    r"""
+    Encodes interactions given as messages. All ids of interactions come from here or from `apply_chat_template`, which
+    tokenizes the same text as a whole.
+
+    Args:
+        chats (`Sequence[Sequence[Mapping]]`): messages of one interaction each; the prompt of an answer that is to be
+            generated if the assistant's is not among them.
+
+    Returns:
+        `dict`: `input_ids`, and `labels` that are -100 up to and including the first `[A]` or `[T]`.
+
+    Raises:
+        `ValueError` for messages that the template refuses, and for an interaction longer than
+        `tokenizer.model_max_length`.
+    """
+    if missing := [text for name, text in CONTROL_TOKENS.items() if name in _NEEDED and not hasattr(tokenizer, name)]:
+        raise ValueError(f"The tokenizer lacks the control tokens {missing}: use add_control_tokens(tokenizer).")
+    starts = {tokenizer.convert_tokens_to_ids(CONTROL_TOKENS[name]) for name in ("answer_token", "thinking_token")}
+    batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
+    for ids in _tokenize(tokenizer, render_chats(tokenizer, chats)):
+        if len(ids) > tokenizer.model_max_length:
+            raise ValueError(
+                f"Interaction {len(batch['labels'])} has {len(ids)} tokens, more than "
+                f"model_max_length={tokenizer.model_max_length}: shorten it or split it into several turns."
+            )
+        start = next((place for place, token_id in enumerate(ids, 1) if token_id in starts), len(ids))
+        batch["input_ids"].append(ids)
+        batch["labels"].append([-100] * start + ids[start:])
+    return batch
+
+
+def render_chats(tokenizer: PreTrainedTokenizerFast, chats: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
+    """The text of each interaction as the tokenizer's template has it; what has no answer yet ends in `[A]`."""
+    special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    escapes = _escapes(special) if tokenizer.chat_template == _template(special) else None
+    return [_render(tokenizer, chat, escapes) for chat in chats]
+
+
+def _render(tokenizer: PreTrainedTokenizerFast, chat: Sequence[Mapping[str, Any]], escapes: Any) -> str:
+    """The template's text; of a plain interaction and the template of this module, without the cost of Jinja."""
+    roles = tuple(message.get("role") for message in chat)
+    is_plain = roles in _PLAIN and all(
+        isinstance(message.get("content"), str) and len(message) == 2 for message in chat
+    )
+    if escapes is not None and is_plain:
+        said = "".join(_MARKS[message["role"]] + _escape(message["content"], escapes) for message in chat)
+        return f"[BOS]{said}{'[A]' if roles[-1] == 'user' else '[EOS]'}"
+    try:
+        return cast(
+            str,
+            tokenizer.apply_chat_template(
+                list(cast(Any, chat)), tokenize=False, add_generation_prompt=roles[-1:] in (("user",), ("tool",))
+            ),
+        )
+    except TemplateError as error:
+        raise ValueError(str(error)) from error
+
+
+def _escape(text: str, escapes: Sequence[tuple[str, Sequence[str]]]) -> str:
+    for first, spellings in escapes:
+        if first in text:
+            for spelling in spellings:
+                text = text.replace(spelling, first + ESCAPE + spelling[1:])
+    return text
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerFast, rendered: list[str]) -> list[list[int]]:
+    if not rendered:
+        return []
+    encoded = tokenizer(rendered, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return cast(list[list[int]], encoded["input_ids"])
+
+
 def _added_tokens() -> list[AddedToken]:
     # normalized=False: matched before the normalizer, hence never in text that is still escaped.
     return [AddedToken(text, special=True, normalized=False) for text in CONTROL_TOKENS.values()]
 
 
 def _with_template(backend: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
-    # Only U+FDD0 is replaced, not "[" with it: the offsets of "[" stay, and assistant masks find it.
-    unescape = normalizers.Replace(Regex(rf"(?<=\[){ESCAPE}"), "")
-    backend.normalizer = normalizers.Sequence([unescape, *([backend.normalizer] if backend.normalizer else [])])
+    special = tuple(token.content for token in backend.get_added_tokens_decoder().values() if token.special)
+    first = "".join(re.escape(first) for first, _ in _escapes(special))
+    steps: list[Any] = [pre_tokenizers.Split(Regex(f"(?<=[{first}]){ESCAPE}"), "removed")]
+    if json.loads(backend.to_str())["model"].get("byte_fallback"):
+        # "<0x0A>" stands for a byte: text that spells it is cut, so that it stays text
+        steps.append(pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "isolated"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [*steps, *([backend.pre_tokenizer] if backend.pre_tokenizer else [])]
+    )
     standard = {
         name: text
         for name, text in CONTROL_TOKENS.items()
@@ -213,7 +380,7 @@ def _with_template(backend: Tokenizer, max_length: int) -> PreTrainedTokenizerFa
         tokenizer_object=backend,
         **standard,
         extra_special_tokens={name: text for name, text in CONTROL_TOKENS.items() if name not in standard},
-        chat_template=CHAT_TEMPLATE,
+        chat_template=_template(special),
         model_max_length=max_length,
         padding_side="left",
         clean_up_tokenization_spaces=False,
@@ -221,20 +388,7 @@ def _with_template(backend: Tokenizer, max_length: int) -> PreTrainedTokenizerFa
     )
 
 
-def escape(text: str) -> str:
-    """The text with `ESCAPE` in everything that spells a control token."""
-    if "[" in text:
-        for spelled, escaped in _ESCAPES.items():
-            text = text.replace(spelled, escaped)
-    return text
-
-
-def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str | None]) -> list[list[int] | None]:
-    """Token ids of each text, without control tokens; `None` stays `None`."""
-    # The escape does here what split_special_tokens=True would do, without that flag's write to the backend which
-    # every thread shares.
-    given = [escape(text) for text in texts if text is not None]
-    if not given:
-        return [None] * len(texts)
-    encoded = iter(tokenizer(given, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
-    return [None if text is None else next(encoded) for text in texts]
+def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, as an interaction has them, without control tokens."""
+    rendered = render_chats(tokenizer, [[{"role": "system", "content": text}] for text in texts])
+    return [ids[2:-1] for ids in _tokenize(tokenizer, rendered)]

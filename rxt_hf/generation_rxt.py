@@ -27,14 +27,19 @@ from transformers.generation import (
     GenerateDecoderOnlyOutput,
     GenerationConfig,
     GenerationMixin,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 from transformers.masking_utils import (
     create_causal_mask,
     create_masks_for_generate,
     create_sliding_window_causal_mask,
 )
+from transformers.utils import logging
 
 from .cache_rxt import PendingSTMCache, STMCache, TurnCache, as_stm_cache
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -74,6 +79,19 @@ def answer_mask(answers, generation_config, stopping_criteria=None):
     return (~after_end).long()
 
 
+class _RowEnds(StoppingCriteria):
+    """Ends each row after as many new tokens as it has room for."""
+
+    def __init__(self, rooms):
+        self.rooms, self.start = rooms, None
+
+    def __call__(self, input_ids, scores, **kwargs):
+        # asked for the first time behind the first new token
+        self.start = input_ids.shape[1] - 1 if self.start is None else self.start
+        rooms = self.rooms.repeat_interleave(len(input_ids) // len(self.rooms))
+        return rooms <= input_ids.shape[1] - self.start
+
+
 class RxTGenerationMixin(GenerationMixin):
     """`generate` of transformers, which reads the memory and then writes the finished interaction into it."""
 
@@ -104,8 +122,9 @@ class RxTGenerationMixin(GenerationMixin):
         `return_dict_in_generate=True` was given, else the sequences alone (then nothing is written). With
         `num_return_sequences` each returned sequence comes with a memory of its own.
 
-        Raises: `ValueError` for a memory that does not fit the model or the prompt, for a prompt longer than
-        `max_position_embeddings`, and for modes that cannot keep a memory (`cache_implementation="paged"`).
+        Raises: `ValueError` for a memory that does not fit the model or the prompt, for a prompt that leaves no
+        room in `max_position_embeddings`, where every answer ends, and for modes that cannot keep a memory
+        (`cache_implementation="paged"`).
         """
         if generation_config is not None and generation_config.is_assistant:
             return self._draft(inputs, generation_config, stm_cache, **kwargs)
@@ -127,11 +146,14 @@ class RxTGenerationMixin(GenerationMixin):
         stm_cache = as_stm_cache(stm_cache, batch_size=batch_size, config=self.config)
         if ids is not None or embeds is not None:
             kwargs["attention_mask"] = prompt_mask
+        self._end_within_positions(config, prompt_mask, kwargs)
         if generation_config is None:
             kwargs["return_dict_in_generate"] = returns_dict
         else:
             generation_config = copy.deepcopy(generation_config)
             generation_config.return_dict_in_generate = returns_dict
+            if "max_new_tokens" in kwargs:
+                generation_config.max_new_tokens, generation_config.max_length = kwargs.pop("max_new_tokens"), None
         in_passing = returns_dict and self._writes_in_passing(config, update_memory)
         kwargs |= {"output_hidden_states": True} if in_passing else {}
         output = super().generate(inputs, generation_config, stm_cache=stm_cache.states.detach(), **kwargs)
@@ -169,9 +191,9 @@ class RxTGenerationMixin(GenerationMixin):
         shape = (ids if embeds is None else embeds).shape[:2]
         if shape[1] == 0:
             raise ValueError("The prompt is empty: generate needs at least one token.")
-        if shape[1] > self.config.max_position_embeddings:
+        if shape[1] >= self.config.max_position_embeddings:
             raise ValueError(
-                f"The prompt has {shape[1]} tokens, one interaction at most "
+                f"The prompt has {shape[1]} tokens, which leaves no room for an answer within "
                 f"max_position_embeddings={self.config.max_position_embeddings}; shorten the query."
             )
         if attention_mask is not None and attention_mask.shape != shape:
@@ -185,6 +207,26 @@ class RxTGenerationMixin(GenerationMixin):
         if embeds is None and pad is not None and pad not in ends:
             return (ids != pad).long()
         return torch.ones(shape, dtype=torch.long, device=(ids if embeds is None else embeds).device)
+
+    def _end_within_positions(self, config, prompt_mask, kwargs):
+        """Sets `max_new_tokens` and a criterion so that no row's answer goes past the positions of the model."""
+        limit, width = self.config.max_position_embeddings, prompt_mask.shape[1]
+        wanted = (config.max_length or 0) - width if config.max_new_tokens is None else config.max_new_tokens
+        if width + wanted <= limit:
+            return
+        rooms = limit - prompt_mask.sum(dim=-1)
+        left, most = rooms.min().item(), rooms.max().item()
+        if wanted > left:
+            logger.warning_once(
+                f"{wanted} new tokens were asked for: the answer ends after {left}, where "
+                f"max_position_embeddings={limit} ends; a batch, after as many as each row has left."
+            )
+        if wanted > most:
+            kwargs["max_new_tokens"] = most
+            kwargs.pop("max_length", None)
+        if left < most:
+            criteria = kwargs.get("stopping_criteria") or ()
+            kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, _RowEnds(rooms)])
 
     def _writes_in_passing(self, config, update_memory):
         """Whether the states of this turn are kept as `generate` computes them; else a write computes them again."""

@@ -477,9 +477,39 @@ def test_prompt_without_tokens_or_with_too_many_is_refused_and_the_memory_stays(
             model.generate(random_ids(2, 65), stm_cache=memory)
         with pytest.raises(ValueError, match=r"65 tokens.*max_position_embeddings=64"):
             model.generate(inputs_embeds=embeds, stm_cache=memory)
+        with pytest.raises(ValueError, match=r"64 tokens.*no room for an answer"):
+            model.generate(random_ids(2, 64), stm_cache=memory)
     assert calls == [0]
     assert torch.equal(memory.states, before)
-    assert model.generate(random_ids(2, 64), stm_cache=memory, max_new_tokens=1).stm_cache.turns.tolist() == [4, 4]
+    assert model.generate(random_ids(2, 63), stm_cache=memory, max_new_tokens=1).stm_cache.turns.tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("asked", [{"max_new_tokens": 30}, {"max_length": 90}, {"max_new_tokens": 4}])
+@pytest.mark.parametrize("kind", ["input_ids", "inputs_embeds"])
+def test_an_answer_ends_where_the_positions_of_the_model_end(model, memory, asked, kind, caplog):
+    logging.Logger.warning_once.cache_clear()
+    prompt = random_ids(2, 60)
+    inputs = {kind: prompt if kind == "input_ids" else model.get_input_embeddings()(prompt)}
+    out = model.generate(**inputs, stm_cache=memory, do_sample=False, eos_token_id=None, **asked)
+    assert out.sequences.shape[1] - 60 * (kind == "input_ids") == 4
+    assert out.stm_cache.turns.tolist() == [4, 4]
+    if asked == {"max_length": 90} and kind == "input_ids":
+        assert "30 new tokens were asked for: the answer ends after 4" in caplog.text
+
+
+@pytest.mark.parametrize("as_config", [False, True])
+def test_each_row_of_a_batch_ends_where_its_own_positions_end(model, memory, as_config):
+    prompt = random_ids(2, 60)
+    mask = torch.ones_like(prompt)
+    mask[1, :7] = 0
+    asked = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1, "suppress_tokens": [1, 0]}
+    asked = {"generation_config": GenerationConfig(**asked)} if as_config else asked
+    out = model.generate(prompt, attention_mask=mask, stm_cache=memory, **asked)
+    assert out.sequences.shape == (2, 71) and out.sequences[0, 64:].eq(0).all()
+    for row, start in ((0, 0), (1, 7)):
+        alone = model.generate(prompt[row : row + 1, start:], stm_cache=memory.select(row), **asked)
+        assert torch.equal(alone.sequences[0], out.sequences[row, start : 64 + start])
+        close(out.stm_cache.states[row], alone.stm_cache.states[0], 1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 9), (2, 4), (1, 6), (3, 6), (6,)])

@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
 from random import Random
-from typing import Any, cast
+from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from ..chat_template import CONTROL_TOKENS, ESCAPE, encode_interactions, encode_texts, escape
+from ..chat_template import CONTROL_TOKENS, encode_chats, encode_texts, render_chats
 from .files import decode, parse_json, read_rows
 from .rows import split_messages as split_messages
 from .rows import to_episode
@@ -205,7 +205,7 @@ class Episodes(Dataset):
 def encode_turns(
     tokenizer: PreTrainedTokenizerFast | None, turns: Sequence[Mapping[str, Any]]
 ) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels of each turn, -100 throughout where `train` is False; the plain ones are encoded in one call."""
+    """Ids and labels of each turn, -100 throughout where `train` is False; all are encoded in one call."""
     rows = _encode_all(tokenizer, turns)
     return [
         (ids, [-100] * len(ids)) if turn.get("train") is False else (ids, labels)
@@ -220,18 +220,8 @@ def _encode_all(
         return [_encode_ids(turn) for turn in turns]
     if tokenizer is None:
         raise ValueError("Dialogues of text need a tokenizer: only those of token ids are encoded without one.")
-    columns: tuple[list, list, list] = ([], [], [])
-    for turn in filter(_is_plain, turns):
-        for name, column in zip(("query", "answer", "instruction"), columns, strict=True):
-            column.append(turn.get(name))
-    encoded = encode_interactions(tokenizer, columns[0], columns[1], instructions=columns[2])
-    plain = iter(zip(encoded["input_ids"], encoded["labels"], strict=True))
-    return [next(plain) if _is_plain(turn) else _encode_by_template(tokenizer, turn) for turn in turns]
-
-
-def _is_plain(turn: Mapping[str, Any]) -> bool:
-    beside = turn.get("thinking") or turn.get("tool_calls") or turn.get("role") == "tool"
-    return turn["query"] is not None and not beside
+    encoded = encode_chats(tokenizer, [_messages(turn) for turn in turns])
+    return list(zip(encoded["input_ids"], encoded["labels"], strict=True))
 
 
 def _encode_ids(turn: Mapping[str, Any]) -> tuple[list[int], list[int]]:
@@ -244,28 +234,15 @@ def _encode_ids(turn: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     return prompt + target, [-100] * len(prompt) + target
 
 
-def _encode_by_template(tokenizer: PreTrainedTokenizerFast, turn: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+def _messages(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """An interaction as the chat template takes it."""
     contents = {"system": turn.get("instruction"), turn.get("role") or "user": turn["query"]}
     messages = [{"role": role, "content": text} for role, text in contents.items() if text is not None]
     if turn["answer"] is not None:
         beside = {"reasoning_content": turn.get("thinking"), "tool_calls": turn.get("tool_calls")}
-        messages.append({"role": "assistant", "content": turn["answer"]} | beside)
-    encoded = cast(
-        dict[str, list[int]],
-        tokenizer.apply_chat_template(
-            messages,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=turn["answer"] is None and turn["query"] is not None,
-        ),
-    )
-    ids = encoded["input_ids"]
-    if len(ids) > tokenizer.model_max_length:
-        raise ValueError(
-            f"An interaction has {len(ids)} tokens, more than model_max_length={tokenizer.model_max_length}: "
-            "use max_tokens."
-        )
-    return ids, [token if said else -100 for token, said in zip(ids, encoded["assistant_masks"], strict=True)]
+        answer = {"role": "assistant", "content": turn["answer"]}
+        messages.append(answer | {name: value for name, value in beside.items() if value})
+    return messages
 
 
 def _recall_labels(
@@ -277,15 +254,24 @@ def _recall_labels(
     for turn, ids, row in zip(turns, input_ids, rows, strict=True):
         if not turn.get("recall"):
             continue
-        escaped = escape(turn["answer"])
-        tokens = tokenizer(escaped, add_special_tokens=False, return_offsets_mapping=True)
+        (rendered,) = render_chats(tokenizer, [_messages(turn)])
+        offsets = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         answer_start = ids.index(tokenizer.answer_token_id) + 1
-        for position, offsets in enumerate(tokens["offset_mapping"], answer_start):
-            # the spans count the characters of the answer without those of the escape
-            first, last = (offset - escaped[:offset].count(ESCAPE) for offset in offsets)
+        text_start = offsets[answer_start - 1][1]
+        places = _places(rendered[text_start:], turn["answer"])
+        for position in range(answer_start, len(ids)):
+            first, last = (places[offset - text_start] for offset in offsets[position])
             if any(start < last and first < end for start, end, *_ in turn["recall"]):
                 row[position] = ids[position]
     return rows
+
+
+def _places(rendered: str, text: str) -> list[int]:
+    """For each character of the rendered text, and its end, how many of `text` stand before it."""
+    places = [0]
+    for character in rendered:
+        places.append(places[-1] + (text[places[-1] : places[-1] + 1] == character))
+    return places
 
 
 def bucket_by_turns(
@@ -356,7 +342,7 @@ def pack_texts(
     documents, waiting = iter(texts), []
     while batch := list(islice(documents, 256)):
         for ids in encode_texts(tokenizer, batch):
-            waiting += [tokenizer.bos_token_id, *(ids or ()), tokenizer.eos_token_id]
+            waiting += [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
         full = len(waiting) - len(waiting) % length
         for start in range(0, full, length):
             row = waiting[start : start + length]

@@ -103,7 +103,8 @@ class DialogueSteps(Dataset):
 def texts(dialogues: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     for dialogue in dialogues:
         for turn in [*dialogue["interactions"], *dialogue.get("probes", [])]:
-            yield f"{turn['query']} {turn['answer']}"
+            said = (turn.get(name) for name in ("instruction", "query", "answer"))
+            yield " ".join(text for text in said if text and isinstance(text, str))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -25,6 +25,8 @@ from rxt_hf.data.readers import (
     split_messages,
 )
 from rxt_hf.data.tasks import generate_remember
+from rxt_hf.training.dialogues import texts
+from rxt_hf.training.run import _as_text
 
 from .models import tiny_model
 
@@ -178,6 +180,18 @@ def test_plain_interactions_are_encoded_as_everywhere_else(tokenizer):
     queries, answers = ([turn[side] for turn in turns] for side in ("query", "answer"))
     expected = encode_interactions(tokenizer, queries, answers, instructions=[None] * 4 + ["Be brief."])
     assert Episodes(tokenizer, [{"interactions": turns}])[0] == expected
+
+
+def test_a_tokenizer_is_trained_on_what_is_said_and_not_on_the_word_for_nothing():
+    turns = [
+        {"query": None, "answer": None, "instruction": "Be kind."},
+        {"query": "Hi", "answer": None},
+        {"query": [1], "answer": "yo"},
+    ]
+    dialogue = {"interactions": turns, "probes": [{"query": "q", "answer": "a"}]}
+    assert list(texts([dialogue])) == ["Be kind.", "Hi", "yo", "q a"]
+    assert list(texts([dialogue | {"probes": None}])) == ["Be kind.", "Hi", "yo"]
+    assert _as_text(dialogue) == "Be kind.\nHi\nyo"
 
 
 def test_recall_labels_are_the_marked_words_and_nothing_else(tokenizer):

@@ -270,7 +270,7 @@ def refuse_adapter(source: str | os.PathLike) -> None:
         base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
         raise ValueError(
             f"{source} is a PEFT adapter, not a model: merge it into its base with merge_and_unload() and convert "
-            f"the result, or convert its base {base!r}."
+            f"the result, or convert its base{f' {base}' if base else ''}."
         )
 
 

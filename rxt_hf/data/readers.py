@@ -202,6 +202,12 @@ class Episodes(Dataset):
         return [(len(item["input_ids"]), max(map(len, item["input_ids"]))) for item in self._features]
 
 
+def said(turn: Mapping[str, Any]) -> list[str]:
+    """The texts of an interaction in their order, without what is not there or is a list of ids."""
+    texts = (turn.get(name) for name in ("instruction", "query", "answer"))
+    return [text for text in texts if text and isinstance(text, str)]
+
+
 def encode_turns(
     tokenizer: PreTrainedTokenizerFast | None, turns: Sequence[Mapping[str, Any]]
 ) -> list[tuple[list[int], list[int]]]:

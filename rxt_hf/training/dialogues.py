@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ..chat_template import train_tokenizer
 from ..configuration_rxt import RxTConfig
-from ..data.readers import Episodes, cut_episode, endless_batches
+from ..data.readers import Episodes, cut_episode, endless_batches, said
 from ..evaluation.memory import sampled
 from ..presets import PRESETS
 from .arms import Arm, arranged, build_model
@@ -64,7 +64,7 @@ class DialogueArguments:
 def with_probes(dialogue: Mapping[str, Any], max_turns: int) -> dict[str, Any]:
     """The first turns of a dialogue, and then its probes as far as they are about them."""
     cut = cut_episode(dialogue, max_turns)
-    return cut | {"interactions": [*cut["interactions"], *cut.get("probes", [])]}
+    return cut | {"interactions": [*cut["interactions"], *(cut.get("probes") or [])]}
 
 
 class DialogueSteps(Dataset):
@@ -102,9 +102,8 @@ class DialogueSteps(Dataset):
 
 def texts(dialogues: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     for dialogue in dialogues:
-        for turn in [*dialogue["interactions"], *dialogue.get("probes", [])]:
-            said = (turn.get(name) for name in ("instruction", "query", "answer"))
-            yield " ".join(text for text in said if text and isinstance(text, str))
+        for turn in [*dialogue["interactions"], *(dialogue.get("probes") or [])]:
+            yield " ".join(said(turn))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast, Trainer
 from ..chat_template import train_tokenizer
 from ..configuration_rxt import RxTConfig
 from ..data.collator import RxTEpisodeCollator
-from ..data.readers import encode_turns
+from ..data.readers import encode_turns, said
 from ..data.tasks import TASKS
 from ..evaluation.speed import environment
 from ..modeling_rxt import RxTForCausalLM
@@ -235,7 +235,7 @@ def stories(tasks: list[str], number: int = 2000) -> Iterator[str]:
     for task in tasks:
         for seed in range(ceil(number / len(tasks))):
             for turn in generate(task, seed, 4)["interactions"]:
-                yield f"{turn['query']} {turn['answer']}"
+                yield " ".join(said(turn))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -55,7 +55,7 @@ from ..convert import adapter_config
 from ..data.collator import RxTEpisodeCollator, RxTPreTrainingCollator
 from ..data.facts import generate_dialogue
 from ..data.files import read_object, read_text
-from ..data.readers import ENDINGS, Episodes, bucket_by_turns, converted_rows, pack_texts
+from ..data.readers import ENDINGS, Episodes, bucket_by_turns, converted_rows, pack_texts, said
 from ..data.rows import checked_text, to_episode
 from ..evaluation.memory import sampled
 from ..evaluation.recall import FIRST_TEST_SEED
@@ -282,8 +282,7 @@ def _row_text(row: Any) -> str | None:
 
 
 def _as_text(dialogue: Mapping[str, Any]) -> str:
-    said = (turn.get(name) for turn in dialogue["interactions"] for name in ("instruction", "query", "answer"))
-    return "\n".join(text for text in said if text and isinstance(text, str))
+    return "\n".join(text for turn in dialogue["interactions"] for text in said(turn))
 
 
 def preferences_of(source: str, split: str, options: RunArguments, model: Any, tokenizer: Any) -> list[list[dict]]:

@@ -1,11 +1,13 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """What a newcomer installs: the metadata, the wheel, the cost of the import, and the README's commands."""
 
+import os
 import re
 import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -59,6 +61,35 @@ def test_wheel_carries_the_licence_with_the_note_on_the_patent(wheel_contents):
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in text
     assert "P.453260" in text
+
+
+@pytest.fixture(scope="module")
+def unpacked_sdist(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    made = shutil.ignore_patterns("__pycache__", ".git", "venv", "cache", "*.egg-info", ".*_cache", "dist", "build")
+    shutil.copytree(ROOT, folder / "source", ignore=made)
+    build = [sys.executable, "-c", "import setuptools.build_meta as backend; backend.build_sdist('..')"]
+    subprocess.run(build, cwd=folder / "source", capture_output=True, check=True)
+    (packed,) = folder.glob("*.tar.gz")
+    with tarfile.open(packed) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / packed.name.removesuffix(".tar.gz")
+
+
+def test_sdist_holds_whatever_readme_and_tests_name(unpacked_sdist):
+    folders = ("rxt_hf", "tests", "examples", "benchmarks", "model_cards", "docs")
+    files = {path.relative_to(ROOT) for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()}
+    expected = {path for path in files if "__pycache__" not in path.parts} | {Path(".ci", "run"), Path("LICENSE")}
+    assert {path for path in expected if not (unpacked_sdist / path).is_file()} == set()
+
+
+@pytest.mark.slow
+def test_tests_of_an_unpacked_sdist_are_collected_and_run(unpacked_sdist):
+    environment = {**os.environ, "PYTHONPATH": str(unpacked_sdist)}
+    for words in (["--collect-only", "-m", ""], ["tests/test_configuration_rxt.py"]):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
+        done = subprocess.run(command, cwd=unpacked_sdist, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:]
 
 
 def test_version_of_the_metadata_is_that_of_the_package():

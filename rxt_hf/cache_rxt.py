@@ -30,6 +30,8 @@ import torch
 from torch.utils import _pytree
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
+from .fingerprint_rxt import fingerprints_match
+
 try:
     import fcntl
 except ImportError:  # Windows: concurrent saves to one path are not serialised there
@@ -60,7 +62,7 @@ class STMCache:
         turns (`torch.LongTensor` of shape `(batch_size,)`, `list[int]` or `int`, *optional*, defaults to zeros):
             The number of interactions written into each row. It is kept on the device of `states`.
         fingerprint (`str`, *optional*):
-            Identifies the model and tokenizer that wrote the memory.
+            Names the weights that wrote the memory; two are compared by [`fingerprints_match`].
 
     Raises:
         `ValueError`: if `states` or `turns` has another shape or kind of number.
@@ -149,7 +151,7 @@ class STMCache:
         The rows of several memories as one batch.
 
         Raises:
-            `ValueError`: if there are none, or if they differ in layers, slots, width, dtype or fingerprint.
+            `ValueError`: if there are none, or if they differ in layers, slots, width, dtype or the writer's weights.
         """
         caches = list(caches)
         if not caches:
@@ -159,10 +161,12 @@ class STMCache:
             for name, found, expected in (
                 ("(layers, slots, hidden_size)", tuple(cache.states.shape[1:]), tuple(first.states.shape[1:])),
                 ("dtype", cache.dtype, first.dtype),
-                ("fingerprint", cache.fingerprint, first.fingerprint),
             ):
                 if found != expected:
                     raise ValueError(f"STMCache.cat needs equal {name}, got {expected} and {found}.")
+            if not fingerprints_match(cache.fingerprint, first.fingerprint):
+                found, expected = _short(cache.fingerprint), _short(first.fingerprint)
+                raise ValueError(f"STMCache.cat needs equal weights, got the fingerprints {expected} and {found}.")
         return first.replace(torch.cat([c.states for c in caches]), torch.cat([c.turns for c in caches]))
 
     def repeat(self, n: int) -> "STMCache":
@@ -236,16 +240,25 @@ class STMCache:
         return [len(raw).to_bytes(8, "little"), raw, *body]
 
     @classmethod
-    def load(cls, path: str | os.PathLike, model: Any = None, device: torch.device | str | None = None) -> "STMCache":
+    def load(
+        cls,
+        path: str | os.PathLike,
+        model: Any = None,
+        device: torch.device | str | None = None,
+        *,
+        allow_other_weights: bool = False,
+    ) -> "STMCache":
         """
         Reads a file written by `save`, bit-identical and in its dtype (for int8: see there). Nothing in the file is
         ever executed, and nothing of its claimed size is allocated before the claim agrees with the size of the file.
 
         Args:
             path: The file.
-            model (*optional*): Refuses a memory of another shape (by `model.config`) or of another model or tokenizer
-                (by `model.memory_fingerprint()`).
+            model (*optional*): Refuses a memory of another shape (by `model.config`) or of other weights (by
+                `model.memory_fingerprint()`).
             device (*optional*, defaults to the CPU): Where the tensors go.
+            allow_other_weights (`bool`): Takes a memory of other weights all the same, as one of `model`, for those
+                who know that they fit; one of another shape is refused.
 
         Raises:
             `StateError`: if the file is damaged, foreign, of a newer version, or does not belong to `model`.
@@ -254,10 +267,18 @@ class STMCache:
         if os.path.exists(path) and not os.path.isfile(path):
             raise StateError(f"{path} is not a regular file, expected an STMCache file.")
         with open(path, "rb") as file:
-            return cls._read(file, os.fstat(file.fileno()).st_size, str(path), model, device)
+            size = os.fstat(file.fileno()).st_size
+            return cls._read(file, size, str(path), model, device, allow_other_weights)
 
     @classmethod
-    def from_bytes(cls, data: bytes, model: Any = None, device: torch.device | str | None = None) -> "STMCache":
+    def from_bytes(
+        cls,
+        data: bytes,
+        model: Any = None,
+        device: torch.device | str | None = None,
+        *,
+        allow_other_weights: bool = False,
+    ) -> "STMCache":
         """
         The memory that `to_bytes` wrote, or that a file holds, with all the checks of `load`.
 
@@ -265,16 +286,20 @@ class STMCache:
             data (`bytes`): The whole content of a file.
             model (*optional*): as in `load`.
             device (*optional*, defaults to the CPU): Where the tensors go.
+            allow_other_weights (`bool`): as in `load`.
 
         Raises: [`StateError`] as `load` does.
         """
-        return cls._read(io.BytesIO(data), len(data), "The memory", model, device)
+        return cls._read(io.BytesIO(data), len(data), "The memory", model, device, allow_other_weights)
 
     @classmethod
-    def _read(cls, file: io.BufferedIOBase, size: int, name: str, model: Any, device: Any) -> "STMCache":
+    def _read(
+        cls, file: io.BufferedIOBase, size: int, name: str, model: Any, device: Any, allow_other_weights: bool
+    ) -> "STMCache":
         header = _read_header(file, size, name)
+        fingerprint = header.fingerprint
         if model is not None:
-            _check_model(header, model, name)
+            fingerprint = _check_model(header, model, name, allow_other_weights)
         body = bytearray(header.num_bytes)
         _expect(name, "the number of bytes read", file.readinto(body), len(body))
         _expect(name, "the checksum", header.with_checksum(body).checksum, header.checksum)
@@ -287,7 +312,7 @@ class STMCache:
             states = states * tensors["scales"].reshape(*header.shape[:3], 1)
         states = states.to(FILE_DTYPES[header.dtype], copy=True)
         _check_numbers(f"{name} is refused", states, turns)
-        return cls(states.to(device), turns, header.fingerprint)
+        return cls(states.to(device), turns, fingerprint)
 
 
 class PendingSTMCache(STMCache):
@@ -444,10 +469,31 @@ def _check_numbers(prefix: str, states: torch.Tensor, turns: torch.Tensor) -> No
         raise StateError(f"{prefix}: turns hold {int(turns.min())}, expected numbers >= 0.")
 
 
-def _check_model(header: _Header, model: Any, path: str) -> None:
+def check_fingerprint(name: str, found: str | None, expected: str) -> None:
+    """Refuses what other weights than those of the fingerprint `expected` have written."""
+    if not fingerprints_match(found, expected):
+        raise StateError(
+            f"{name} is refused: the fingerprint {_short(found)!r}, expected {_short(expected)!r}, says that other "
+            "weights wrote it."
+        )
+
+
+def _short(fingerprint: str | None) -> str | None:
+    """As it is, or if it is long the start of its hash."""
+    if fingerprint is None or len(fingerprint) <= 64:
+        return fingerprint
+    return hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
+
+
+def _check_model(header: _Header, model: Any, path: str, allow_other_weights: bool) -> str | None:
+    """The fingerprint that the memory has from now on."""
     expected = _memory_shape(model.config)
     _expect(path, "(num_memory_layers, num_memory_slots, hidden_size)", tuple(header.shape[1:]), expected)
-    _expect(path, "the fingerprint of model and tokenizer", header.fingerprint, model.memory_fingerprint())
+    fingerprint = model.memory_fingerprint()
+    if allow_other_weights:
+        return fingerprint
+    check_fingerprint(path, header.fingerprint, fingerprint)
+    return header.fingerprint
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -265,12 +265,19 @@ def export_memory(
     return folder
 
 
-def load_memory(repo_or_folder: str | os.PathLike, model: RxTForCausalLM | None = None, **hub_kwargs: Any) -> STMCache:
+def load_memory(
+    repo_or_folder: str | os.PathLike,
+    model: RxTForCausalLM | None = None,
+    *,
+    allow_other_weights: bool = False,
+    **hub_kwargs: Any,
+) -> STMCache:
     r"""
     The memory that [`export_memory`] wrote, from a folder or the Hub. With `model` it is refused if another model
     wrote it, see [`STMCache.load`], and comes on the model's device.
 
     Args:
+        allow_other_weights (`bool`): takes a memory of other weights all the same, if its shape fits.
         hub_kwargs: go to `huggingface_hub.hf_hub_download`, for example `revision` or `token`.
 
     Raises: [`StateError`] for a damaged file or another model's, `FileNotFoundError` for a folder without a memory.
@@ -278,7 +285,8 @@ def load_memory(repo_or_folder: str | os.PathLike, model: RxTForCausalLM | None 
     path = Path(repo_or_folder) / MEMORY_NAME
     if not path.parent.is_dir():
         path = hf_hub_download(str(repo_or_folder), MEMORY_NAME, **hub_kwargs)
-    return STMCache.load(path, model=model, device=None if model is None else model.device)
+    device = None if model is None else model.device
+    return STMCache.load(path, model=model, device=device, allow_other_weights=allow_other_weights)
 
 
 def code_files(model: RxTForCausalLM) -> list[Path]:

@@ -14,7 +14,6 @@
 """The Reactive Transformer (arXiv 2510.03561): decoder, memory encoder, memory attention, and the causal LM."""
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -47,6 +46,7 @@ from transformers.utils.output_capturing import OutputRecorder, _active_collecto
 from .cache_rxt import StateError, STMCache, TurnCache, as_stm_cache
 from .configuration_rxt import RxTConfig
 from .episode_rxt import RxTEpisodeLossMixin, RxTEpisodeMixin, missing_turns, pad_turns
+from .fingerprint_rxt import execution_device, loaded_parameter, memory_fingerprint
 from .generation_rxt import RxTGenerationMixin
 
 logger = logging.get_logger(__name__)
@@ -850,6 +850,11 @@ class RxTPreTrainedModel(PreTrainedModel):
         "cross_attentions": OutputRecorder(RxTMemoryCrossAttention, index=1),
     }
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes; of offloaded weights the device that they are brought to."""
+        return execution_device(self)
+
     def train(self, mode: bool = True):
         # On some CPUs bitsandbytes would reorder 4-bit weights for inference in their first forward, in place: no
         # gradient passes them from then on, and what is saved is damaged. Loading ends with eval().
@@ -935,8 +940,8 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
     def initial_states(self, batch_size: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """The memory before the first interaction, (batch_size, num_memory_layers, num_memory_slots, hidden_size)."""
         if self.initial_memory is not None:
-            return self.initial_memory.unsqueeze(0).expand(batch_size, -1, -1, -1)
-        config, device, dtype = self.config, self.embed_tokens.weight.device, self.dtype
+            return loaded_parameter(self, "initial_memory").unsqueeze(0).expand(batch_size, -1, -1, -1)
+        config, device, dtype = self.config, self.device, self.dtype
         shape = (batch_size, config.num_memory_layers, config.num_memory_slots, config.hidden_size)
         # CODEPATH: no published checkpoint starts from zeros, RxT-Alpha and RxT-Beta start from noise
         if config.memory_init == "zeros":
@@ -1382,23 +1387,17 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTEpisodeLossMixin
 
     def memory_fingerprint(self) -> str:
         """
-        Names the weights that a memory belongs to: a hash of a few elements of every parameter, rounded to bfloat16,
-        so that loading in bfloat16, float32 or float64, or on another device, does not change it.
+        Names the weights that a memory belongs to: the weights in effect, active adapters included, by what they write
+        into a fixed memory, and where there are no adapters by a hash of all weights beside it. Two of them are
+        compared with [`fingerprints_match`]: an adapter that is not active or has not been trained yet, the merge of
+        an active one, another dtype or device change nothing; other weights of the decoder alone do not either, as
+        they write the same. Quantised weights match those that write the same but for the rounding of their dtype.
 
-        Of a quantised matrix only the kind counts: how it is stored depends on dtype and device. A quantised model
-        refuses the memory of the float one, and the memory of one that is quantised otherwise.
+        It is computed once for the weights as they are, and again when they have changed.
+
+        Raises: `ValueError` if weights are offloaded to where they cannot be read.
         """
-        samples, quantised = [], []
-        for parameter in self.model.parameters():
-            whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-            if type(whole) not in (torch.Tensor, nn.Parameter):
-                quantised.append(type(whole).__name__)
-                continue
-            flat = whole.detach().flatten()
-            samples.append(flat[:: max(1, flat.numel() // 8)][:8].to("cpu", torch.bfloat16))
-        digest = hashlib.sha256(torch.cat(samples).view(torch.int16).numpy().tobytes())
-        digest.update("".join(quantised).encode())
-        return digest.hexdigest()
+        return memory_fingerprint(self.model)
 
     def init_stm(self, batch_size: int = 1, *, generator: torch.Generator | None = None) -> STMCache:
         """

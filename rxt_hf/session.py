@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList, TextStreamer
 from transformers.utils import logging
 
-from .cache_rxt import PendingSTMCache, StateError, STMCache, as_stm_cache, write_atomically
+from .cache_rxt import PendingSTMCache, StateError, STMCache, as_stm_cache, check_fingerprint, write_atomically
 from .generation_rxt import answer_mask
 from .modeling_rxt import RxTForCausalLM
 
@@ -551,8 +551,8 @@ def _own_memory(model: RxTForCausalLM, stm_cache: STMCache | torch.Tensor | None
             return model.init_stm(1)
         cache = as_stm_cache(stm_cache, batch_size=1, config=model.config).detach()
         expected = model.memory_fingerprint()
-        if cache.fingerprint not in (None, expected):
-            raise StateError(f"The memory has the fingerprint {cache.fingerprint!r}, this model {expected!r}.")
+        if cache.fingerprint is not None:
+            check_fingerprint("The memory", cache.fingerprint, expected)
         return STMCache(cache.states, cache.turns, expected).to(model.device).fork()
 
 

@@ -228,7 +228,7 @@ def test_pytree_round_trip_keeps_everything_and_takes_any_leaves():
 
 
 def test_a_second_copy_of_the_module_can_be_imported_beside_the_first():
-    spec = importlib.util.spec_from_file_location("downloaded_cache_rxt", cache_rxt.__file__)
+    spec = importlib.util.spec_from_file_location("rxt_hf.downloaded_cache_rxt", cache_rxt.__file__)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     for cls in (module.STMCache, STMCache):

@@ -22,7 +22,8 @@ from rxt_hf.hub import export, export_memory, load_memory, model_card
 
 from .reference_rxt import randomize
 
-CODE = {"cache_rxt.py", "configuration_rxt.py", "episode_rxt.py", "generation_rxt.py", "modeling_rxt.py"}
+CODE_NAMES = ("cache", "configuration", "episode", "fingerprint", "generation", "modeling")
+CODE = {f"{name}_rxt.py" for name in CODE_NAMES}
 TEXTS = {"config.json", "generation_config.json", "README.md"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 # `None` makes an import fail as if the package were not installed

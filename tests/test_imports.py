@@ -10,14 +10,15 @@ import pytest
 from transformers.dynamic_module_utils import get_relative_imports
 
 PACKAGE = Path(__file__).parent.parent / "rxt_hf"
-HUB_LINE = {"configuration_rxt", "cache_rxt", "episode_rxt", "generation_rxt", "modeling_rxt"}
+HUB_LINE = {"configuration_rxt", "fingerprint_rxt", "cache_rxt", "episode_rxt", "generation_rxt", "modeling_rxt"}
 HUB_DEPENDENCIES = {"torch", "transformers", "safetensors", "huggingface_hub"}
 DEPENDENCIES = HUB_DEPENDENCIES | {"tokenizers", "jinja2"}
 
 # Room -> the rooms right below it; what these may import, it may import too.
 BELOW: dict[str, set[str]] = {
     "configuration_rxt": set(),
-    "cache_rxt": set(),
+    "fingerprint_rxt": set(),
+    "cache_rxt": {"fingerprint_rxt"},
     "generation_rxt": {"cache_rxt", "configuration_rxt"},
     "episode_rxt": {"cache_rxt"},
     "modeling_rxt": {"episode_rxt", "generation_rxt"},

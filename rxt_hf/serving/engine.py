@@ -17,7 +17,7 @@ from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.utils import logging
 
-from ..cache_rxt import StateError, STMCache, as_stm_cache
+from ..cache_rxt import StateError, STMCache, as_stm_cache, check_fingerprint
 
 logger = logging.get_logger(__name__)
 
@@ -275,8 +275,8 @@ class Engine:
             )
         turn.max_new_tokens = min(turn.max_new_tokens, room)
         turn.memory = as_stm_cache(turn.memory, batch_size=1, config=self.config)
-        if turn.memory.fingerprint not in (None, self.fingerprint):
-            raise StateError(f"The memory has the fingerprint {turn.memory.fingerprint!r}, this model another one.")
+        if turn.memory.fingerprint is not None:
+            check_fingerprint("The memory", turn.memory.fingerprint, self.fingerprint)
         with self._wake:
             if self._is_closing:
                 raise RuntimeError("The engine is closed.")

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..cache_rxt import StateError, STMCache
+from ..fingerprint_rxt import fingerprints_match
 
 # a layer norm makes every number of a memory that a model writes small; far from that is no memory but an attack
 MAX_ABSOLUTE = 1e4
@@ -52,7 +53,7 @@ def read_memory(data: bytes, model: Any, fingerprint: str) -> STMCache:
     model writes.
     """
     memory = STMCache.from_bytes(data)
-    if memory.fingerprint != fingerprint:
+    if not fingerprints_match(memory.fingerprint, fingerprint):
         raise OtherWeightsError("The memory was written by other weights than those that are served now.")
     config = model.config
     expected = (1, config.num_memory_layers, config.num_memory_slots, config.hidden_size)

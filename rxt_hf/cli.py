@@ -275,6 +275,9 @@ def _convert(args: argparse.Namespace) -> int:
     logging.disable_progress_bar()
     with _refused(f"Cannot convert {source!r}"):
         model, tokenizer, facts = _converted(source, args)
+    if tokenizer is not None:
+        limit = model.config.max_position_embeddings
+        tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     base_model = source if source == args.model and not Path(source).is_dir() else Path(source).resolve().name
     export(model, folder, tokenizer, card=model_card(model, folder.name, base_model=base_model, **facts))
     memory = f"{model.config.num_memory_layers} layers of {model.config.num_memory_slots} slots"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import rxt_hf
@@ -489,6 +489,7 @@ def test_convert_makes_a_folder_that_chats_of_a_language_model(rxt, llama_folder
     assert (code, out) == (0, f"{target}: memory of 2 layers of 6 slots\n")
     model = RxTForCausalLM.from_pretrained(target)
     assert (model.config.memory_layers, model.config.vocab_size) == ([0, 2], 14)
+    assert AutoTokenizer.from_pretrained(target).model_max_length == model.config.max_position_embeddings == 64
     ids = torch.tensor([[1, 2, 3]])
     source = LlamaForCausalLM.from_pretrained(llama_folder)
     assert torch.equal(model(ids).logits[..., :4], source(ids).logits)

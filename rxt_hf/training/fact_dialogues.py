@@ -178,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"average must be a share, and less than 1 only with start_from, got {options.average}.")
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
+    override: dict[str, Any] = json.loads(options.override or "{}")
     with args.main_process_first():
         if options.start_from is not None or (folder / "tokenizer.json").exists():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(options.start_from or folder)
@@ -185,11 +186,11 @@ def main(argv: list[str] | None = None) -> None:
             rng = random.Random(0)
             # a dialogue's names are few beside its words: without more, names would be spelt letter by letter
             names = (" " + open_name(rng, "train") for _ in range(200_000))
-            tokenizer = train_tokenizer(chain(corpus_texts(20_000), names), vocab_size=options.vocab_size)
+            length = RxTConfig(**{**PRESETS[options.preset], **override}).max_position_embeddings
+            tokenizer = train_tokenizer(chain(corpus_texts(20_000), names), options.vocab_size, max_length=length)
         if args.process_index == 0:
             tokenizer.save_pretrained(folder)
     torch.manual_seed(args.seed)
-    override: dict[str, Any] = json.loads(options.override or "{}")
     if options.start_from is None:
         settings: dict[str, Any] = {**PRESETS[options.preset], **override, "vocab_size": len(tokenizer)}
         model = build_model(options.arm, RxTConfig(**settings))

@@ -400,7 +400,7 @@ def _chat(args: argparse.Namespace) -> int:
 def _about(folder: str, model: Any) -> str:
     """The first line of the model's about.txt, which says what the model was trained to talk about."""
     try:
-        about = (Path(folder) / "about.txt").read_text(encoding="utf-8").strip()
+        about = (Path(folder) / "about.txt").read_text(encoding="utf-8-sig").strip()
         return about.splitlines()[0]
     except (OSError, ValueError, IndexError):
         size = model.num_parameters() / 1e6

@@ -1,6 +1,8 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """Files and rows as people have them: each is read as it is meant, or refused in a sentence with file, line, field."""
 
+import copy
+import functools
 import gzip
 import io
 import json
@@ -96,7 +98,15 @@ ROWS = {
     "recall that is no span": (turns(recall=[[0, "2", 1]]), r"interactions\[1\].recall\[0\] is \[0, '2', 1\]"),
     "recall of no answer": (turns(answer=None, recall=[[0, 2, 1]]), "recall marks words of an answer"),
     "ids that are texts": ({"interactions": [{"query": ["a"], "answer": ["b"]}]}, r"query must be text, or token ids"),
-    "ids beside a text": ({"interactions": [GOOD, {"query": [11], "answer": [12]}]}, r"\[0\].query is not token ids"),
+    "ids beside a text": (
+        {"interactions": [GOOD, {"query": [11], "answer": [12]}]},
+        "is token ids, and interactions",
+    ),
+    "ids with a history": (
+        {"query": [11], "answer": [12], "history": [["a", "b"]]},
+        "is token ids, and interactions",
+    ),
+    "ids for a text": ({"query": [11], "answer": "a"}, r"\[0\].query is token ids, and .*\[0\].answer is"),
     "probes that are a text": ({"interactions": [GOOD], "probes": "Name?"}, "probes must be a list"),
     "a probe without a distance": (probe(distance=None), r"probes\[0\].distance is None"),
     "a probe with a number": (probe(answers=[5]), r"probes\[0\].answers\[0\] must be text, got 5"),
@@ -242,6 +252,43 @@ def test_a_row_in_a_layout_that_people_have_is_read(demo, row, interactions):
     assert Episodes(demo[1], [episode]).sizes[0][0] == len(episode["interactions"])
 
 
+def places(value, path=()):
+    """The path of everything inside a row."""
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+def test_whatever_stands_in_a_row_it_is_read_or_refused_where_it_is_read(demo):
+    whole = {
+        **GOOD,
+        "thinking": "Hm.",
+        "tool_calls": [{"name": "f", "arguments": {}}],
+        "recall": [[0, 2, 1]],
+        "weight": 1,
+    }
+    layouts = [row for row, _ in READ.values()] + [
+        {"interactions": [whole], "probes": [PROBE]},
+        call(name="f", arguments="{}"),
+    ]
+    others = [None, 5, -1, "", [], {}, True, 1.5, "\ud83d", "[]", ["a"], [1], [[1]], [None], {"a": 1}, 10**30]
+    refused = 0
+    for row in layouts:
+        for path in places(row):
+            for other in others:
+                changed = copy.deepcopy(row)
+                *parents, last = path
+                functools.reduce(lambda value, key: value[key], parents, changed)[last] = other
+                try:
+                    episodes = list(read_episodes([changed]))
+                except ValueError as error:
+                    assert str(error).startswith("Row 0: ") and "\n" not in str(error)
+                    refused += 1
+                else:
+                    Episodes(demo[1], episodes)
+    assert refused > 1000
+
+
 def test_a_probe_has_answers_if_it_has_an_answer_and_the_other_way_round():
     for given in ({"answer": "Rex"}, {"answers": ["Rex"], "answer": None}, {"answers": None, "answer": "Rex"}):
         (episode,) = read_episodes([{"interactions": [GOOD], "probes": [{"query": "Name?", "distance": 1, **given}]}])
@@ -301,6 +348,7 @@ def test_texts_for_pretraining_are_checked_as_dialogues_are(tmp_path):
     ("row", "message"),
     [
         ({"chosen": 5, "rejected": "a"}, "chosen must be a text or a list of messages, got int"),
+        ({"prompt": "Hi!", "chosen": [], "rejected": "a"}, "chosen has no answer"),
         ({"chosen": "a", "rejected": None}, "rejected must be a text or a list"),
         ({"prompt": "Hi!", "chosen": [{"role": "assistant", "content": 5}], "rejected": "a"}, "content must be text"),
         ({"interactions": [GOOD | {"rejected": 5}]}, r"interactions\[0\].rejected must be text, got 5"),

@@ -64,7 +64,10 @@ def to_episode(row: Any) -> dict[str, Any] | None:
         interactions.insert(0, {"query": None, "answer": None, "instruction": system})
     if "interactions" not in given and all(turn["answer"] is None for turn in interactions):
         return None
+    _check_kind(interactions)
     if "probes" in columns:
+        if isinstance(interactions[0]["query"], list):
+            raise ValueError("probes are text, and interactions token ids.")
         columns["probes"] = [
             _probe(probe, f"probes[{n}]") for n, probe in enumerate(_list(columns["probes"], "probes"))
         ]
@@ -168,14 +171,20 @@ def _interactions(turns: Any) -> list[dict[str, Any]]:
     found = [_interaction(turn, f"interactions[{number}]") for number, turn in enumerate(_list(turns, "interactions"))]
     if not found:
         raise ValueError("interactions is empty.")
-    if any(isinstance(turn["query"], list) for turn in found):
-        for number, turn in enumerate(found):
-            others = [name for name in ("query", "answer", "rejected") if isinstance(turn.get(name), str)]
-            others += [name for name in ("instruction", "thinking", "tool_calls") if name in turn]
-            if others or turn["query"] is None:
-                other = others[0] if others else "query"
-                raise ValueError(f"interactions[{number}].{other} is not token ids, as other queries of the row are.")
     return found
+
+
+def _check_kind(interactions: Sequence[Mapping[str, Any]]) -> None:
+    """An episode is token ids throughout, or text."""
+    fields = {
+        f"interactions[{number}].{name}": isinstance(turn[name], list) and name != "tool_calls"
+        for number, turn in enumerate(interactions)
+        for name in ("query", "answer", "rejected", "instruction", "thinking", "tool_calls")
+        if turn.get(name) is not None
+    }
+    if len(set(fields.values())) == 2:
+        ids, text = (next(field for field in fields if fields[field] is kind) for kind in (True, False))
+        raise ValueError(f"{ids} is token ids, and {text} is not.")
 
 
 def _interaction(given: Any, field: str) -> dict[str, Any]:
@@ -197,8 +206,6 @@ def _interaction(given: Any, field: str) -> dict[str, Any]:
             _token_ids(turn[name], inside + name, is_answer=name != "query")
         elif name in turn and name != "query":
             _answer(turn[name], inside + name, beside=beside and name == "answer")
-    if isinstance(turn.get("query"), str) and isinstance(turn.get("answer"), list):
-        raise ValueError(f"{inside}answer is token ids, and query is text.")
     if "query" not in turn and ("answer" in turn or "instruction" not in turn):
         raise ValueError(f"{inside}query is null, which only a system prompt, an instruction alone, may have.")
     if turn.get("recall"):

@@ -103,6 +103,9 @@ def preference_interactions(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     chosen, rejected = (
         split_messages(before + _messages(row.get(name), name, "assistant"), name) for name in ("chosen", "rejected")
     )
+    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+        if not turns or turns[-1]["answer"] is None:
+            raise ValueError(f"{name} has no answer.")
     if chosen[:-1] != rejected[:-1] or chosen[-1]["query"] != rejected[-1]["query"]:
         raise ValueError("chosen and rejected differ before their last answer.")
     if chosen[-1]["answer"] == rejected[-1]["answer"]:

@@ -373,6 +373,60 @@ def _bench(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_model_arguments(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address; others than this machine's need --tokens")
+    parser.add_argument("--port", type=int, default=8000, help="port; default 8000")
+    parser.add_argument("--name", help="the model's name for clients; default: that of its folder")
+    parser.add_argument("--tokens", metavar="FILE", help="who may ask: lines of TOKEN TENANT")
+    store = "SQLite file, redis://HOST:PORT, or memory; default rxt-serve.sqlite"
+    parser.add_argument("--store", metavar="URL", default="rxt-serve.sqlite", help=store)
+    parser.add_argument("--keep", choices=["text", "none"], default="none", help="whether to store what was said")
+    parser.add_argument("--max-rows", type=_positive, metavar="N", help="turns at once; default: half the free memory")
+    parser.add_argument("--max-bytes", type=_bytes, metavar="N", help="size of the store, such as 20G; default: any")
+    parser.add_argument("--compile", action="store_true", help="compile the step (torch.compile)")
+
+
+def _bytes(text: str) -> int:
+    factor = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}.get(text[-1:].upper(), 1)
+    return int(text if factor == 1 else text[:-1]) * factor
+
+
+_bytes.__name__ = "number of bytes, such as 20G"
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from .serving.app import build_app, serve
+    from .serving.guard import check_address, read_tokens
+    from .serving.service import Settings
+    from .serving.store import open_store
+
+    tokens = None if args.tokens is None else read_tokens(Path(args.tokens).expanduser())
+    check_address(args.host, tokens is not None)
+    model, tokenizer = _load_model(args)
+    if tokenizer.chat_template is None:
+        raise ValueError("The tokenizer has no chat template: use rxt_hf.chat_template.add_control_tokens.")
+    print(f"model   {_folder(args.model)}, {model.num_parameters() / 1e6:.1f} million parameters", flush=True)
+    store = open_store(args.store)
+    text = "kept" if args.keep == "text" else "not kept"
+    print(f"store   {args.store}, {store.usage().records} states; text is {text}", flush=True)
+    settings = Settings(
+        name=args.name or Path(_folder(args.model)).resolve().name,
+        tokens=tokens,
+        keeps_text=args.keep == "text",
+        max_rows=args.max_rows,
+        max_bytes=args.max_bytes,
+        compiles=args.compile,
+    )
+    app = build_app(model, tokenizer, store, settings)
+    service = app.app.state.service
+    print(f"engine  {service.engine.max_rows} turns at once, {service.memory_bytes} bytes a memory", flush=True)
+    print(f"listens http://{args.host}:{args.port}, model {settings.name!r}; Ctrl-C ends", flush=True)
+    serve(app, settings, args.host, args.port)
+    print("ended   all turns are answered", flush=True)
+    return 0
+
+
 def _add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     _add_conversation_arguments(parser)
     parser.add_argument("--script", metavar="FILE", help="read the user's lines from FILE; # starts a comment line")
@@ -562,6 +616,7 @@ COMMANDS: dict[str, tuple[str, Callable[[_Chat, str], None], str]] = {
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "chat": ("talk with a model", _add_chat_arguments, _chat),
     "generate": ("one turn: print the answer to one query", _add_generate_arguments, _generate),
+    "serve": ("a chat server for OpenAI's clients", _add_serve_arguments, _serve),
     "train": ("a stage of the curriculum from a YAML file", _add_train_arguments, _train),
     "eval": ("what a model's memory holds over dialogues", _add_eval_arguments, _eval),
     "bench": ("cost of a turn by its number, against a Llama of the same shape", _add_bench_arguments, _bench),

@@ -37,13 +37,14 @@ def store(request, tmp_path):
 
 
 def test_values_have_versions_and_tenants_do_not_see_each_other(store):
-    assert store.get("ann", "key") is None and store.head("ann", "key") == 0
+    assert store.get("ann", "key") is None and store.head("ann", ["key"])[0] == 0
     assert store.put([Record("ann", "key", b"\0one"), Record("bob", "key", b"other")])
     assert store.put([Record("ann", "key", b"two")])
-    assert store.get("ann", "key") == (b"two", 2) and store.head("ann", "key") == 2
+    assert store.get("ann", "key") == (b"two", 2) and store.head("ann", ["key"])[0] == 2
     assert store.get("bob", "key") == (b"other", 1)
+    assert store.head("ann", ["nothing", "key"]) == [0, 2]
     assert store.delete("ann", ["key", "nothing"]) == 1
-    assert store.get("ann", "key") is None and store.head("ann", "key") == 0
+    assert store.get("ann", "key") is None and store.head("ann", ["key"])[0] == 0
     assert store.get("bob", "key") == (b"other", 1)
 
 
@@ -64,7 +65,7 @@ def test_of_many_that_compare_and_set_one_wins_each_version(store):
 
     def race(name):
         for version in range(1, 20):
-            while store.head("ann", "head") < version:
+            while store.head("ann", ["head"])[0] < version:
                 time.sleep(0.001)
             if store.put([Record("ann", "head", name)], ("ann", "head", version)):
                 won.append(version)
@@ -81,7 +82,7 @@ def test_what_has_expired_is_gone_and_counts_no_more_after_a_sweep(store):
     store.put([Record("ann", "short", b"12345", 0.1), Record("ann", "long", b"1", 60.0), Record("ann", "ever", b"1")])
     assert store.get("ann", "short") == (b"12345", 1)
     time.sleep(0.15)
-    assert store.get("ann", "short") is None and store.head("ann", "short") == 0
+    assert store.get("ann", "short") is None and store.head("ann", ["short"])[0] == 0
     assert store.sweep() == 1
     assert store.usage() == Usage(2, 2)
     # a new value under the old name starts anew, and lives on

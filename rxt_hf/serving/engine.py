@@ -250,6 +250,7 @@ class Engine:
         self._rows: list[_Row] = []
         self._waiting: deque[Turn] = deque()
         self._joining: list[Turn] = []
+        self._holds = False
         # turns whose answer is complete and whose memory is not written yet
         self._finished: list[Turn] = []
         self._wake = threading.Condition()
@@ -290,6 +291,11 @@ class Engine:
     def active(self) -> int:
         """Turns that are generated now."""
         return len(self._rows)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether turns are taken and answered."""
+        return self._thread.is_alive() and not self._is_closing
 
     @property
     def waiting(self) -> int:
@@ -335,6 +341,9 @@ class Engine:
         with self._wake:
             waiting = [turn for turn in self._waiting if not self._is_dropped(turn, now)]
             room = self.max_rows - len(self._rows)
+            # few that wait beside many that run wait a step for others: a prefill costs more than the step
+            self._holds = bool(waiting) and 4 * len(waiting) < len(self._rows) and not self._holds
+            room = 0 if self._holds else room
             joining, self._waiting = waiting[:room], deque(waiting[room:])
         self._joining = [turn for turn in joining if self._is_ready(turn)]
         if self._rows:

@@ -46,8 +46,8 @@ class StateStore(Protocol):
         """The value and its version; the key counts as used now."""
         ...
 
-    def head(self, tenant: str, key: str) -> int:
-        """The version alone."""
+    def head(self, tenant: str, keys: Sequence[str]) -> list[int]:
+        """The versions alone."""
         ...
 
     def delete(self, tenant: str, keys: Sequence[str]) -> int:
@@ -152,9 +152,9 @@ class SQLiteStore:
                 )
         return None if found is None else (found[0], found[1])
 
-    def head(self, tenant: str, key: str) -> int:
+    def head(self, tenant: str, keys: Sequence[str]) -> list[int]:
         with self._lock:
-            return self._version(self._connection.execute, tenant, key)
+            return [self._version(self._connection.execute, tenant, key) for key in keys]
 
     def delete(self, tenant: str, keys: Sequence[str]) -> int:
         with self._transaction() as run:
@@ -298,8 +298,11 @@ class RedisStore:
         self._redis.zadd("rxt:used", {name: time.time()}, xx=True)
         return value, int(version)
 
-    def head(self, tenant: str, key: str) -> int:
-        return int(self._redis.hget(self._key(tenant, key), "n") or 0)
+    def head(self, tenant: str, keys: Sequence[str]) -> list[int]:
+        with self._redis.pipeline(transaction=False) as pipe:
+            for key in keys:
+                pipe.hget(self._key(tenant, key), "n")
+            return [int(version or 0) for version in pipe.execute()]
 
     def delete(self, tenant: str, keys: Sequence[str]) -> int:
         return self._remove([(tenant, self._key(tenant, key)) for key in keys])

@@ -1,13 +1,91 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
-"""What several tests of the server share: a real Redis."""
+"""What several tests of the server share: servers on real sockets, a real Redis, and answers by heart."""
 
 import contextlib
+import functools
+import hashlib
 import shutil
 import socket
 import subprocess
+import threading
 import time
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import rxt_hf
+
+TOKENS = {"ann": "token-of-ann-0123456789", "bob": "token-of-bob-0123456789"}
+
+
+@functools.cache
+def demo():
+    return AutoModelForCausalLM.from_pretrained(rxt_hf.DEMO), AutoTokenizer.from_pretrained(rxt_hf.DEMO)
+
+
+@contextlib.contextmanager
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def running_server(store="memory", model=None, idle_s=30.0, **settings):
+    """A server on a socket of this machine, in a thread; gives its address and its service."""
+    pytest.importorskip("fastapi", reason="the extra serve is not installed")
+    import uvicorn
+    from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+    from rxt_hf.serving.app import build_app
+    from rxt_hf.serving.guard import impatient
+    from rxt_hf.serving.service import Settings
+    from rxt_hf.serving.store import open_store
+
+    settings = {"max_rows": 8, "keeps_text": True, **settings}
+    app = build_app(model or demo()[0], demo()[1], open_store(str(store)), Settings(**settings))
+    protocol = impatient(AutoHTTPProtocol, idle_s)
+    config = uvicorn.Config(app, port=0, log_level="critical", access_log=False, http=protocol)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    end = time.monotonic() + 30
+    while not server.started:
+        assert thread.is_alive() and time.monotonic() < end, "the server does not start"
+        time.sleep(0.005)
+    try:
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}", app.app.state.service
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def token_hashes():
+    return {hashlib.sha256(token.encode()).digest(): tenant for tenant, token in TOKENS.items()}
+
+
+def openai_client(url, tenant="ann", **options):
+    openai = pytest.importorskip("openai", reason="the package openai is not installed")
+    options = {"max_retries": 0, "timeout": 60, **options}
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=TOKENS[tenant], **options)
+
+
+def scripted(engine, monkeypatch, script):
+    """Lets every turn of an engine say these tokens."""
+    take = engine._take
+
+    def take_script(first, logits):
+        logits = torch.full_like(logits, -1.0)
+        for index, row in enumerate(engine._rows[first:]):
+            logits[index, script[len(row.turn.token_ids)]] = 1.0
+        take(first, logits)
+
+    monkeypatch.setattr(engine, "_take", take_script)
+    return engine
 
 
 def free_port():

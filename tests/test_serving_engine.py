@@ -6,30 +6,27 @@ import time
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import rxt_hf
 from rxt_hf import RxTSession, STMCache
 from rxt_hf.serving.engine import Engine, QueueFullError, Turn, bytes_of_row, decode
 
+from . import serving
 from .models import close, random_ids, random_memory, tiny_model
+from .serving import scripted
 
 FACTS = ["My dog is called Mochi.", "I live in Lisbon.", "My favourite colour is green.", "I work as a baker."]
 QUESTIONS = ["What is my dog called?", "Where do I live?", "What is my favourite colour?", "What is my job?"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def only_one_thread():
+    with serving.one_thread():
+        yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def demo():
-    model = AutoModelForCausalLM.from_pretrained(rxt_hf.DEMO)
-    return model, AutoTokenizer.from_pretrained(rxt_hf.DEMO)
+    return serving.demo()
 
 
 @pytest.fixture
@@ -136,20 +133,6 @@ def test_pieces_are_whole_characters_and_join_to_the_answer(demo, monkeypatch):
         assert len([piece for piece in pieces if piece]) > 1
         engine.close()
     assert "\ufffd" in turn.text and "\ufffd" not in decode(tokenizer, scripts[0])
-
-
-def scripted(engine, monkeypatch, script):
-    """Lets every turn of an engine say these tokens."""
-    take = engine._take
-
-    def take_script(first, logits):
-        logits = torch.full_like(logits, -1.0)
-        for index, row in enumerate(engine._rows[first:]):
-            logits[index, script[len(row.turn.token_ids)]] = 1.0
-        take(first, logits)
-
-    monkeypatch.setattr(engine, "_take", take_script)
-    return engine
 
 
 @pytest.mark.parametrize("streams", [True, False])

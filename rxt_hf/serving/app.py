@@ -733,8 +733,7 @@ def add_response_routes(app: FastAPI, service: Service) -> None:
         # what is not answered yet is in no memory, and goes along with it
         base.about["pending"] = [] if asked is None else [asked]
         sealed = service.sealed(tenant, service.shared(base.about), memory)
-        output = [] if asked is None else input_items([{"role": "user", "content": asked["content"]}])
-        output.append({"id": new_id("cmp"), "type": "compaction", "encrypted_content": sealed})
+        output = [{"id": new_id("cmp"), "type": "compaction", "encrypted_content": sealed}]
         count = sum(map(len, ids))
         usage = {
             "input_tokens": count,

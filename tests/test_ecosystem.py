@@ -41,6 +41,8 @@ def test_the_blocks_of_the_page_run(name, tmp_path, monkeypatch):
     found = run_section(name, tmp_path)
     if name == "lm-evaluation-harness":
         assert found["found"]["results"]["dogs"]["exact_match,none"] == 1.0
+    if name == "Accelerate":
+        assert "Mochi" in found["reply"]
     if name == "Gradio":
         text, session = found["answer"]("My dog is called Mochi.", [], None)
         assert "Mochi" in text and session.turns == 1

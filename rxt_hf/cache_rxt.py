@@ -617,6 +617,9 @@ def _unflatten(children: Any, fingerprint: str | None) -> STMCache:
     return cache
 
 
+# for `torch.load`, which by itself takes tensors and plain containers only
+torch.serialization.add_safe_globals([STMCache])
+
 # the module's name keeps a copy loaded from the Hub apart from the installed one
 if STMCache not in _pytree.SUPPORTED_NODES:
     _pytree.register_pytree_node(

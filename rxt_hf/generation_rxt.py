@@ -15,9 +15,9 @@
 
 import copy
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import torch
@@ -29,6 +29,7 @@ from transformers.generation import (
     GenerationMixin,
     StoppingCriteria,
     StoppingCriteriaList,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.masking_utils import (
     create_causal_mask,
@@ -37,9 +38,12 @@ from transformers.masking_utils import (
 )
 from transformers.utils import logging
 
-from .cache_rxt import PendingSTMCache, STMCache, TurnCache, as_stm_cache
+from .cache_rxt import PendingSTMCache, StateError, STMCache, TurnCache, as_stm_cache
+from .fingerprint_rxt import changes_beside_writes, weights_state
 
 logger = logging.get_logger(__name__)
+
+_writes_under_way: set[Future] = set()
 
 
 @dataclass
@@ -116,26 +120,27 @@ class RxTGenerationMixin(GenerationMixin):
                 whether the interaction is written into the returned memory. The write starts after the last token has
                 gone to the streamer. With `"async"` a thread of its own (on a GPU: a stream of its own) writes, and
                 `generate` returns at once; the first use of the returned memory waits, raises the error of a write
-                that failed, and sees the same numbers as with `True`.
+                that failed, and sees the same numbers as with `True`: `train`, `to` and `set_attn_implementation`
+                wait for writes that are under way, a model with adapters (which may be switched at any time) or with
+                offloaded weights is written to at once, as with `True`, and if its weights change in place (an
+                optimizer's step, `load_state_dict`) before the write has ended, the write fails with [`StateError`]:
+                call `stm_cache.wait()` before such a change.
+
+        `guidance_scale` compares the scores after the prompt with those after its last token alone, or after
+        `negative_prompt_ids`, both under the given memory.
 
         Returns: [`RxTGenerateOutput`] (beams: [`RxTGenerateBeamOutput`]) with `stm_cache` set if `stm_cache` or
         `return_dict_in_generate=True` was given, else the sequences alone (then nothing is written). With
         `num_return_sequences` each returned sequence comes with a memory of its own.
 
         Raises: `ValueError` for a memory that does not fit the model or the prompt, for a prompt that leaves no
-        room in `max_position_embeddings`, where every answer ends, and for modes that cannot keep a memory
-        (`cache_implementation="paged"`).
+        room in `max_position_embeddings`, where every answer ends, for modes that cannot keep a memory
+        (`cache_implementation="paged"`), and for `guidance_scale` with beams or candidate tokens.
         """
         if generation_config is not None and generation_config.is_assistant:
             return self._draft(inputs, generation_config, stm_cache, **kwargs)
         config, _ = self._prepare_generation_config(generation_config, **kwargs)
-        if config.cache_implementation == "paged":
-            raise ValueError('cache_implementation="paged" would lose the memory; use "dynamic" or "static".')
-        if update_memory is None:
-            update_memory = getattr(config, "update_memory", True)
-        if not isinstance(update_memory, bool) and update_memory != "async":
-            raise ValueError(f'update_memory must be True, False or "async", got {update_memory!r}.')
-
+        update_memory = self._way_to_write(config, update_memory, kwargs.get("assistant_model"))
         ids = kwargs.get("input_ids") if inputs is None else inputs
         embeds = kwargs.get("inputs_embeds")
         prompt_mask = self._prompt_mask(ids, embeds, kwargs.get("attention_mask"), config)
@@ -172,6 +177,11 @@ class RxTGenerationMixin(GenerationMixin):
         mask = torch.cat([prompt_mask.to(mask), mask], dim=1)
         layer_inputs = self._layer_inputs(output, config, mask.shape) if in_passing else None
         turn = (stm_cache, written, mask, embeds, layer_inputs)
+        if update_memory == "async" and changes_beside_writes(self.model):
+            logger.warning_once(
+                'With adapters or offloaded weights, update_memory="async" writes at once, as True does.'
+            )
+            update_memory = True
         if update_memory == "async":
             stm_cache = self._write_turn_async(*turn)
         elif update_memory:
@@ -180,6 +190,25 @@ class RxTGenerationMixin(GenerationMixin):
         if isinstance(output, GenerateBeamDecoderOnlyOutput):
             output_class = RxTGenerateBeamOutput
         return output_class(**output, stm_cache=stm_cache)
+
+    def _way_to_write(self, config, update_memory, assistant_model):
+        """`update_memory` as it is carried out; refuses what would lose the memory, or compare with the wrong one."""
+        if config.cache_implementation == "paged":
+            raise ValueError('cache_implementation="paged" would lose the memory; use "dynamic" or "static".')
+        is_guided = config.guidance_scale not in (None, 1)
+        if is_guided and (config.num_beams > 1 or config.prompt_lookup_num_tokens or assistant_model is not None):
+            raise ValueError(
+                f"guidance_scale={config.guidance_scale} follows one sequence: it works neither with num_beams > 1 "
+                "nor with an assistant_model or prompt_lookup_num_tokens."
+            )
+        if update_memory is None:
+            update_memory = getattr(config, "update_memory", True)
+        if not isinstance(update_memory, bool) and update_memory != "async":
+            raise ValueError(f'update_memory must be True, False or "async", got {update_memory!r}.')
+        if update_memory == "async" and changes_beside_writes(self.model):
+            logger.warning_once('With adapters or offloaded weights update_memory="async" writes at once, as True.')
+            return True
+        return update_memory
 
     def _prompt_mask(self, ids, embeds, attention_mask, config):
         """The prompt's mask, as transformers infers it where none is given; refuses what is no prompt."""
@@ -261,21 +290,48 @@ class RxTGenerationMixin(GenerationMixin):
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         before = None if stream is None else stream.record_event()
+        weights = weights_state(self.model)
+
+        def checked_write() -> STMCache:
+            written = self._write_turn(*turn)
+            if weights_state(self.model) != weights:
+                raise StateError(
+                    "The model's weights changed while an asynchronous write was under way; the memory before it is "
+                    "unchanged. Call stm_cache.wait() before weights change."
+                )
+            return written
 
         def write() -> STMCache:
             with torch.no_grad(), torch.autocast(device.type, enabled=autocast[0], dtype=autocast[1]):
                 if stream is None:
-                    return self._write_turn(*turn)
+                    return checked_write()
                 side_stream = torch.cuda.Stream(device)
                 side_stream.wait_event(before)
                 with torch.cuda.stream(side_stream):
-                    written = self._write_turn(*turn)
+                    written = checked_write()
                 side_stream.synchronize()
                 # the memory will be read, and freed, on the stream of the conversation
                 written.states.record_stream(stream)
                 return written
 
-        return PendingSTMCache(_writers(os.getpid()).submit(write))
+        future = _writers(os.getpid()).submit(write)
+        _writes_under_way.add(future)
+        future.add_done_callback(_writes_under_way.discard)
+        return PendingSTMCache(future)
+
+    def _get_logits_processor(self, *args, model_kwargs=None, **kwargs):
+        """The scores without the prompt, which guidance compares with, come from under the same memory."""
+        states = (model_kwargs or {}).get("stm_cache")
+        for name in ("negative_prompt_ids", "negative_prompt_attention_mask"):
+            given = kwargs.get(name)
+            if given is not None and states is not None and len(given) < len(states):
+                # a prompt that is answered several times
+                kwargs[name] = given.repeat_interleave(len(states) // len(given), dim=0)
+        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
+        for processor in processors:
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                processor.model = partial(self, stm_cache=states)
+        return processors
 
     def _draft(self, inputs, generation_config, stm_cache, **kwargs):
         """
@@ -320,6 +376,11 @@ class RxTGenerationMixin(GenerationMixin):
         raise ValueError("Continuous batching would lose the memory; call generate with a batch of prompts instead.")
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+
+def wait_for_writes() -> None:
+    """Returns when every asynchronous write that is under way has ended, also one that failed."""
+    wait(list(_writes_under_way))
 
 
 @lru_cache(maxsize=1)

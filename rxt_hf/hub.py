@@ -1,6 +1,7 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """Folders to share: a model that loads with `trust_remote_code=True` without this package, and a written memory."""
 
+import copy
 import json
 import os
 import shutil
@@ -124,7 +125,8 @@ def export(
     `AutoModel`, `AutoModelForCausalLM` and `AutoTokenizer` load with `trust_remote_code=True`, without this package.
 
     Everything is written beside `folder` first: an error leaves a former export as it was. Then files of the same name
-    are replaced, weights of a former export are removed, and other files stay.
+    are replaced, weights of a former export are removed, and other files stay. The generation config goes without its
+    `max_new_tokens`.
 
     Args:
         model ([`RxTForCausalLM`]): nothing is registered on it or its class; ordinary saves stay ordinary.
@@ -333,6 +335,10 @@ def _write(
     model: RxTForCausalLM, folder: Path, tokenizer: PreTrainedTokenizerBase | None, card: str | None, save_kwargs: dict
 ) -> None:
     model.save_pretrained(folder, **save_kwargs)
+    # how long an answer may be is the caller's: in the file it would win over the `max_length` of a call
+    generation_config = copy.deepcopy(model.generation_config)
+    generation_config.max_new_tokens = None
+    generation_config.save_pretrained(folder)
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     # In the file, not on the model: a later save_pretrained brings no code, and must not promise any.
     config["auto_map"] = AUTO_MAP

@@ -47,7 +47,7 @@ from .cache_rxt import StateError, STMCache, TurnCache, as_stm_cache
 from .configuration_rxt import RxTConfig
 from .episode_rxt import RxTEpisodeLossMixin, RxTEpisodeMixin, missing_turns, pad_turns
 from .fingerprint_rxt import execution_device, loaded_parameter, memory_fingerprint
-from .generation_rxt import RxTGenerationMixin
+from .generation_rxt import RxTGenerationMixin, wait_for_writes
 
 logger = logging.get_logger(__name__)
 
@@ -855,7 +855,18 @@ class RxTPreTrainedModel(PreTrainedModel):
         """Where the model computes; of offloaded weights the device that they are brought to."""
         return execution_device(self)
 
+    # what a write that is under way depends on does not change under it
+
+    def _apply(self, fn, recurse: bool = True):
+        wait_for_writes()
+        return super()._apply(fn, recurse)
+
+    def set_attn_implementation(self, *args, **kwargs):
+        wait_for_writes()
+        return super().set_attn_implementation(*args, **kwargs)
+
     def train(self, mode: bool = True):
+        wait_for_writes()
         # On some CPUs bitsandbytes would reorder 4-bit weights for inference in their first forward, in place: no
         # gradient passes them from then on, and what is saved is damaged. Loading ends with eval().
         for module in self.modules():
@@ -1383,7 +1394,17 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTEpisodeLossMixin
         self.model = RxTModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        # fields of this model alone (`update_memory`) are left out where a file says that it was made from a config
+        self.generation_config._from_model_config = False
         self.post_init()
+
+    def __setattr__(self, name, value):
+        if name == "model" and isinstance(value, nn.Module) and not hasattr(value, "initial_states"):
+            raise ValueError(
+                f"{type(value).__name__} cannot take the place of the model: the initial memory, which is read "
+                "outside of a forward, is no target of an adapter (target_parameters); train the parameter itself."
+            )
+        super().__setattr__(name, value)
 
     def memory_fingerprint(self) -> str:
         """
@@ -1532,7 +1553,7 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTEpisodeLossMixin
         ...     [{"role": "user", "content": "My dog is called Rex."}],
         ...     add_generation_prompt=True, return_tensors="pt", return_dict=True,
         ... )
-        >>> out = model.generate(**inputs, return_dict_in_generate=True)
+        >>> out = model.generate(**inputs, max_new_tokens=32, return_dict_in_generate=True)
         >>> out.stm_cache.turns
         tensor([1])
         ```"""

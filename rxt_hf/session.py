@@ -141,9 +141,9 @@ class RxTSession:
         return AnswerStream(self._stream(text, prompt, kwargs))
 
     def fork(self) -> "RxTSession":
-        """An independent session that goes on from here; model and tokenizer are shared."""
-        session = RxTSession(self.model, self.tokenizer, stm_cache=self.stm_cache, **self.generate_defaults)
-        session._state = self._state
+        """An independent session that goes on from here, also by `copy.deepcopy`; model and tokenizer are shared."""
+        session = object.__new__(type(self))
+        session.__setstate__({**self.__getstate__(), "generate_defaults": dict(self.generate_defaults)})
         return session
 
     def undo(self) -> None:
@@ -226,6 +226,17 @@ class RxTSession:
                 )
             session._state = _State(_logged_base(log, memory), session.stm_cache, _logged_turns(log, model))
         return session
+
+    def __deepcopy__(self, memo: dict) -> "RxTSession":
+        # a conversation is copied, as `fork` does it, and its model is not
+        return self.fork()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything, model and tokenizer included, but the lock and who waits for it."""
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_threads")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock(), _threads=set())
 
     def _prepare(self, text: str, generate_kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
         prompt = self._encode("user", text)

@@ -4,6 +4,7 @@
 import copy
 import pickle
 import threading
+import time
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from rxt_hf import RxTSession, StateError, STMCache
 from rxt_hf.cache_rxt import PendingSTMCache
 
 from . import test_session
-from .models import random_ids, tiny_model
+from .models import random_ids, random_memory, tiny_model
 from .test_session import tokenizer  # noqa: F401  (a fixture)
 
 
@@ -146,3 +147,76 @@ def test_session_whose_write_failed_takes_the_turn_back_and_goes_on(tokenizer, m
     assert torch.equal(session.stm_cache.states, before)
     session.send("four")
     assert session.turns == 2
+
+
+# ---- what changes before the write has ended
+
+
+def trained_adapters():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(0), peft.LoraConfig(r=4), adapter_name="first").eval()
+    model.add_adapter("second", peft.LoraConfig(r=4))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_asynchronous_write_keeps_the_adapter_of_its_turn():
+    model, ids, failures = trained_adapters(), random_ids(2, 6), []
+    memory, expected = random_memory(model), {}
+    for name in ("first", "second"):
+        model.set_adapter(name)
+        expected[name] = turn(model, memory, ids, True).stm_cache.states
+    with model.disable_adapter():
+        expected["none"] = turn(model, memory, ids, True).stm_cache.states
+    for name, other in [("first", "second"), ("second", "first")] * 50:
+        model.set_adapter(name)
+        out = turn(model, memory, ids, "async")
+        model.set_adapter(other)
+        failures.append(not torch.equal(out.stm_cache.states, expected[name]))
+        with model.disable_adapter():
+            out = turn(model, memory, ids, "async")
+        failures.append(not torch.equal(out.stm_cache.states, expected["none"]))
+    assert len(failures) == 200
+    assert not any(failures)
+
+
+CHANGES = {
+    "train": lambda model: model.train(),
+    "dtype": lambda model: model.to(torch.bfloat16),
+    "part": lambda model: model.model.half(),
+    "attention": lambda model: model.set_attn_implementation("eager"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_change_of_mode_or_dtype_waits_for_the_write(change):
+    model = tiny_model(0, attention_dropout=0.5)
+    ids, memory = random_ids(2, 6), random_memory(model)
+    expected = turn(model, memory, ids, True).stm_cache.states
+    started, write = threading.Event(), model.update_memory
+
+    def slow(*args, **kwargs):
+        started.set()
+        time.sleep(0.2)
+        return write(*args, **kwargs)
+
+    model.update_memory = slow
+    out = turn(model, memory, ids, "async")
+    assert started.wait(20)
+    CHANGES[change](model)
+    assert torch.equal(out.stm_cache.states, expected)
+
+
+def test_weights_that_change_in_place_make_the_write_fail_and_leave_the_old_memory(model, held_write):
+    memory = random_memory(model)
+    before, out = memory.states.clone(), turn(model, memory, random_ids(2, 6), "async")
+    with torch.no_grad():
+        model.model.memory_encoder.layers[0].mlp.down_proj.weight.mul_(1.01)
+    held_write.set()
+    with pytest.raises(StateError, match="weights changed"):
+        out.stm_cache.wait()
+    assert torch.equal(memory.states, before)

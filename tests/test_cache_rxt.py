@@ -838,3 +838,9 @@ def test_fifty_killed_saves_leave_the_old_or_the_new_version(tmp_path):
     assert left == ["state"]
     # the kills did hit saves in the middle, so the test could have failed
     assert int(interrupted) > 0
+
+
+def test_torch_load_takes_a_memory_without_trusting_the_file(tmp_path):
+    cache = random_cache()
+    torch.save({"memory": cache}, tmp_path / "memory.pt")
+    assert_same(torch.load(tmp_path / "memory.pt", weights_only=True)["memory"], cache)

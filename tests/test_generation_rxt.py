@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CompileConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation import (
     GenerateBeamDecoderOnlyOutput,
     GenerateDecoderOnlyOutput,
@@ -18,7 +18,8 @@ from transformers.generation import (
     StoppingCriteriaList,
 )
 
-from rxt_hf import STMCache
+import rxt_hf
+from rxt_hf import RxTForCausalLM, STMCache
 from rxt_hf.generation_rxt import RxTGenerateBeamOutput, RxTGenerateOutput
 
 from .models import EXPERTS, close, counted_calls, random_ids, random_memory, tiny_model
@@ -570,3 +571,68 @@ def test_padding_tokens_that_the_model_says_itself_are_written_like_any_other(mo
     expected = model.update_memory(memory, out.sequences)
     close(out.stm_cache.states, expected.states)
     assert not torch.equal(expected.states, model.update_memory(memory, IDS).states)
+
+
+# ---- guidance
+
+
+def guided_scores(model, ids, memory, without, scale, tokens):
+    """The rule of classifier-free guidance, greedy and without a cache."""
+    found = []
+    for _ in range(tokens):
+        scores, other = (model(each, stm_cache=memory).logits[:, -1].log_softmax(-1) for each in (ids, without))
+        found.append(other + scale * (scores - other))
+        best = found[-1].argmax(-1, keepdim=True)
+        ids, without = torch.cat([ids, best], 1), torch.cat([without, best], 1)
+    return found
+
+
+@pytest.mark.parametrize("negative", [False, True])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_guidance_compares_under_the_given_memory(model, memory, negative, use_cache):
+    ids, options = random_ids(2, 6), {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    without = random_ids(2, 3, seed=7) if negative else ids[:, -1:]
+    options |= {"negative_prompt_ids": without} if negative else {}
+    options |= {"use_cache": use_cache, "output_scores": True}
+    expected = guided_scores(model, ids, memory, without, 1.7, 4)
+    out = model.generate(ids, stm_cache=memory, guidance_scale=1.7, **options)
+    for found, wanted in zip(out.scores, expected, strict=True):
+        close(found, wanted)
+    unguided = guided_scores(model, ids, model.init_stm(2), without, 1.7, 1)
+    assert (expected[0] - unguided[0]).abs().max() > 1e-2
+    single = model.generate(
+        ids[1:],
+        stm_cache=memory.select(1),
+        guidance_scale=1.7,
+        **options | ({"negative_prompt_ids": without[1:]} if negative else {}),
+    )
+    close(single.scores[-1][0], out.scores[-1][1])
+    close(single.stm_cache.states[0], out.stm_cache.states[1])
+
+
+def test_guided_answers_to_one_prompt_have_its_memory(model, memory):
+    options = {"max_new_tokens": 3, "do_sample": True, "num_return_sequences": 2, "guidance_scale": 1.5}
+    out = model.generate(random_ids(2, 6), stm_cache=memory, negative_prompt_ids=random_ids(2, 3, seed=7), **options)
+    assert out.stm_cache.batch_size == len(out.sequences) == 4
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}])
+def test_guidance_of_more_than_one_sequence_is_refused(model, memory, options):
+    with pytest.raises(ValueError, match=r"guidance_scale=1\.5"):
+        model.generate(random_ids(1, 6), stm_cache=memory.select(0), guidance_scale=1.5, **options)
+
+
+def test_update_memory_of_a_new_models_generation_config_survives_a_save(memory, tmp_path):
+    model = tiny_model()
+    model.generation_config.update_memory = False
+    model.save_pretrained(tmp_path)
+    loaded = RxTForCausalLM.from_pretrained(tmp_path)
+    assert loaded.generation_config.update_memory is False
+    out = loaded.generate(random_ids(2, 6), stm_cache=memory, max_new_tokens=2)
+    assert torch.equal(out.stm_cache.states, memory.states)
+
+
+def test_length_of_a_call_is_obeyed_by_the_demo():
+    demo = AutoModelForCausalLM.from_pretrained(rxt_hf.DEMO)
+    ids = random_ids(1, 6)
+    assert demo.generate(ids, max_length=9, eos_token_id=None).shape == (1, 9)

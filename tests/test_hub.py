@@ -437,3 +437,13 @@ def test_resized_vocabulary_is_one_table_for_decoder_and_memory_encoder(fields, 
     model.save_pretrained(tmp_path)
     loaded = RxTForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded.update_memory(None, new_ids).states, written)
+
+
+def test_export_leaves_the_length_of_answers_to_the_caller(tmp_path):
+    model = tiny_model()
+    model.generation_config.max_new_tokens, model.generation_config.update_memory = 64, False
+    export(model, tmp_path / "export")
+    found = json.loads((tmp_path / "export" / "generation_config.json").read_text())
+    assert found["update_memory"] is False
+    assert "max_new_tokens" not in found
+    assert model.generation_config.max_new_tokens == 64

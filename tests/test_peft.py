@@ -9,7 +9,7 @@ from rxt_hf.data.collator import RxTEpisodeCollator
 peft = pytest.importorskip("peft")
 
 # peft itself still uses the former name
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning", "ignore::UserWarning:peft")
 MEMORY_WRITE_ALONE = r".*memory_attention.*\.(q_proj|v_proj)"
 
 
@@ -139,3 +139,8 @@ def test_memory_made_under_an_adapter_differs_from_the_base_models(tmp_path):
         without = model.update_memory(None, ids).states
     assert (with_adapter - without).abs().max() > 1e-3
     assert torch.equal(without, tiny_model().update_memory(None, ids).states)
+
+
+def test_initial_memory_as_a_target_is_refused_before_anything_is_trained():
+    with pytest.raises(ValueError, match="initial memory"):
+        peft.get_peft_model(tiny_model(), peft.LoraConfig(target_parameters=["initial_memory"]))

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import json
+import pickle
 import signal
 import sys
 import threading
@@ -961,3 +962,30 @@ def test_batches_of_the_same_sessions_in_two_threads_never_wait_for_each_other(s
         thread.join(20)
         assert not thread.is_alive()
     assert [each.turns for each in batch] == [2, 3, 4]
+
+
+# ---- copies
+
+
+def test_deepcopy_of_a_session_is_a_fork(model, tokenizer):
+    session = RxTSession(model, tokenizer, max_new_tokens=4)
+    session.send("one")
+    copied = copy.deepcopy({"state": session})["state"]
+    assert copied.model is model
+    assert copied.history == session.history
+    expected = session.fork().send("two")
+    assert copied.send("two") == expected
+    assert (session.turns, copied.turns) == (1, 2)
+    copied.undo()
+    assert torch.equal(copied.stm_cache.states, session.stm_cache.states)
+
+
+def test_pickled_session_goes_on_elsewhere(model, tokenizer):
+    session = RxTSession(model, tokenizer, max_new_tokens=4, update_memory="async")
+    session.send("one")
+    loaded = pickle.loads(pickle.dumps(session))
+    assert loaded.model is not model
+    assert loaded.send("two") == session.send("two")
+    assert torch.equal(loaded.stm_cache.states, session.stm_cache.states)
+    loaded.forget(0)
+    assert loaded.turns == 1

@@ -225,7 +225,6 @@ def mix_weights(model: torch.nn.Module, other: torch.nn.Module, share: float) ->
 
 def save_compact(model: RxTForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Weights in bfloat16, half the bytes; the configuration says float32, which they are loaded in."""
-    model.generation_config.max_new_tokens = 64
     model.to(torch.bfloat16).save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

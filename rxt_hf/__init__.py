@@ -20,9 +20,19 @@ AutoModel.register(RxTConfig, RxTForCausalLM, exist_ok=True)
 AutoModelForCausalLM.register(RxTConfig, RxTForCausalLM, exist_ok=True)
 AutoModelForPreTraining.register(RxTConfig, RxTForPreTraining, exist_ok=True)
 
+# applications, conversion and the like are imported at their first use; who only loads a model does not pay
+PLACES = {
+    "Episodes": "data.readers",
+    "RxTEpisodeCollator": "data.collator",
+    "RxTSession": "session",
+    "read_episodes": "data.readers",
+    "send_batch": "session",
+}
 __all__ = [
     "DEMO",
+    "Episodes",
     "RxTConfig",
+    "RxTEpisodeCollator",
     "RxTForCausalLM",
     "RxTForPreTraining",
     "RxTModel",
@@ -31,14 +41,14 @@ __all__ = [
     "STMCache",
     "StateError",
     "__version__",
+    "read_episodes",
     "send_batch",
 ]
 
 
 def __getattr__(name: str):
-    # applications, conversion and the like are imported at their first use; who only loads a model does not pay
-    if name in ("RxTSession", "send_batch"):
-        return getattr(import_module(".session", __name__), name)
+    if name in PLACES:
+        return getattr(import_module(f".{PLACES[name]}", __name__), name)
     if name in ("chat_template", "convert", "graphs", "hub", "presets", "session"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import slice_logits_to_keep
 
 from .cache_rxt import STMCache
 
@@ -32,30 +33,41 @@ class RxTEpisodeMixin:
         attention_mask: torch.Tensor | None = None,
         stm_cache: STMCache | torch.Tensor | None = None,
         write_mask: torch.Tensor | None = None,
+        read_mask: torch.Tensor | None = None,
         cache: Any = None,
         memory_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, STMCache]:
         """
         Hidden states of (batch_size, turns, tokens, hidden_size), each turn read under the memory written from the
-        turns before it, and the memory after the last. `write_mask` of (batch_size, turns) is 0 for turns that are
-        not written. Raises `ValueError` for a cache or a memory mask, which belong to one turn.
+        turns before it, and the memory after the last. Masks of (batch_size, turns) are 0 for turns that are not
+        written, and for those that are not decoded: hidden states are then of (turns read, tokens, hidden_size).
+        Raises `ValueError` for a cache or a memory mask, which belong to one turn.
         """
-        if cache is not None:
-            raise ValueError("An episode of (batch, turns, tokens) keeps no cache of keys and values; pass one turn.")
-        if memory_mask is not None:
-            raise ValueError("memory_mask is for one turn under a given memory; an episode reads what it writes.")
+        refuse_one_turns(cache, memory_mask)
         states, turns, fingerprint = self._read(stm_cache, inputs_embeds.shape[0])
+        # behind the last turn that is written all read the same; processes that share parameters write equally often
+        last = inputs_embeds.shape[1]
         if write_mask is None:
             write_mask = attention_mask
         else:
+            if not is_sharded(self):
+                last = max([1, *(write_mask.any(0).nonzero().flatten() + 1).tolist()])
             write_mask = write_mask.unsqueeze(-1).expand(inputs_embeds.shape[:-1])
             write_mask = write_mask if attention_mask is None else write_mask * attention_mask
-        read_states, states = self.read_states(inputs_embeds, attention_mask, write_mask, states)
-        mask = None if attention_mask is None else attention_mask.flatten(0, 1)
-        hidden_states = self.decode(inputs_embeds.flatten(0, 1), read_states.flatten(0, 1), mask, **kwargs)
+        masks = (None if mask is None else mask[:, :last] for mask in (attention_mask, write_mask))
+        read_states, states = self.read_states(inputs_embeds[:, :last], *masks, states)
+        if last < inputs_embeds.shape[1]:
+            rest = states.unsqueeze(1).expand(-1, inputs_embeds.shape[1] - last, -1, -1, -1)
+            read_states = torch.cat([read_states, rest], dim=1)
         written = inputs_embeds.shape[1] if write_mask is None else write_mask.any(-1).sum(-1)
         stm_cache = STMCache(states, turns=turns.to(states.device) + written, fingerprint=fingerprint)
+        if read_mask is not None:
+            chosen = read_mask.bool()
+            mask = None if attention_mask is None else attention_mask[chosen]
+            return self.decode(inputs_embeds[chosen], read_states[chosen], mask, **kwargs), stm_cache
+        mask = None if attention_mask is None else attention_mask.flatten(0, 1)
+        hidden_states = self.decode(inputs_embeds.flatten(0, 1), read_states.flatten(0, 1), mask, **kwargs)
         return hidden_states.unflatten(0, inputs_embeds.shape[:2]), stm_cache
 
     def _carried(self: Any, states, turn):
@@ -95,46 +107,128 @@ class RxTEpisodeMixin:
         return torch.stack(read, dim=1), states
 
 
-class RxTEpisodeLossMixin:
-    """What [`RxTForCausalLM`] does with an episode whose turns are recomputed in the backward pass."""
+class RxTCausalEpisodeMixin:
+    """What [`RxTForCausalLM`] does with an episode."""
 
-    def recomputed_episode(
+    def episode_fields(
         self: Any,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        labels: torch.Tensor,
-        stm_cache: STMCache | torch.Tensor | None = None,
+        inputs: dict[str, Any],
+        labels: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, STMCache]:
-        """
-        The episode's loss, and the memory after it, with each turn recomputed in the backward pass: between turns only
-        the memory is kept, so that peak memory hardly grows with the number of turns.
-        """
-        states, turns, fingerprint = self.model._read(stm_cache, inputs_embeds.shape[0])
-        masks = torch.ones_like(labels) if attention_mask is None else attention_mask
-        if num_items_in_batch is None:
+    ) -> dict[str, Any]:
+        """The fields of the output for an episode; `inputs` are those of [`RxTModel`]."""
+        tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"][..., 0]
+        missing = missing_turns(self, tokens)
+        if missing:
+            if inputs["attention_mask"] is None:
+                inputs["attention_mask"] = torch.ones_like(tokens, dtype=torch.long)
+            episodes = ("input_ids", "inputs_embeds", "attention_mask", "write_mask", "read_mask")
+            inputs |= {name: pad_turns(inputs[name], missing) for name in episodes}
+            labels = pad_turns(labels, missing, -100)
+        if labels is not None and num_items_in_batch is None:
             num_items_in_batch = (labels[..., 1:] != -100).sum().clamp(min=1)
-
-        def turn_loss(index, states, embeds, mask, turn_labels):
-            with whole_layers(self.model):
-                logits = self.lm_head(self.model.decode(embeds, states, mask, **kwargs))
-                written = self.model.write(self.model._carried(states, index), embeds, mask)
+        if inputs["output_router_logits"] and inputs["read_mask"] is not None:
+            raise ValueError("read_mask and output_router_logits exclude each other: experts see all turns of a row.")
+        decodes_all = inputs["output_router_logits"] or torch.compiler.is_compiling()
+        if labels is not None and self.training and not decodes_all:
+            return self._trained_episode(inputs, labels, num_items_in_batch, **kwargs)
+        outputs = self.model(**inputs, **kwargs)
+        hidden_states, read_mask = outputs.last_hidden_state, inputs["read_mask"]
+        # the last tokens of every turn
+        logits = self.lm_head(slice_logits_to_keep(hidden_states.flatten(0, -3), logits_to_keep))
+        logits = logits.unflatten(0, hidden_states.shape[:-2])
+        loss = aux_loss = None
+        if labels is not None:
             loss = self.loss_function(
                 logits=logits,
-                labels=turn_labels,
+                labels=labels if read_mask is None else labels[read_mask.bool()],
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
+                **kwargs,
             )
-            return loss, written
+        if inputs["output_router_logits"] and outputs.router_logits:
+            mask = inputs["attention_mask"]
+            mask = torch.ones(hidden_states.shape[:-1], device=hidden_states.device) if mask is None else mask
+            aux_loss = self.router_loss(outputs.router_logits, mask, labels, num_items_in_batch)
+            loss = None if loss is None else loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        if missing and read_mask is None:
+            logits, hidden_states = logits[:, :-missing], hidden_states[:, :-missing]
+        return dict(outputs) | {
+            "loss": loss,
+            "logits": logits,
+            "aux_loss": aux_loss,
+            "last_hidden_state": hidden_states,
+        }
+
+    def _trained_episode(self: Any, inputs, labels, num_items_in_batch, **kwargs):
+        """Loss and memory of an episode, of which the turns with a label are decoded; no logits."""
+        is_read = (labels[..., 1:] != -100).any(-1)
+        if inputs["read_mask"] is not None:
+            is_read &= inputs["read_mask"].bool()
+        # a batch without a label has a loss of zero, and a graph: another process may wait for its gradient
+        is_read[0, 0] |= ~is_read.any()
+        labels = labels.masked_fill(~is_read[..., None], -100)
+        if self.model.gradient_checkpointing:
+            return self._recomputed_episode(inputs, labels, is_read, num_items_in_batch, **kwargs)
+        outputs = self.model(**inputs | {"read_mask": is_read}, **kwargs)
+        loss = self._labelled_loss(outputs.last_hidden_state, labels[is_read], num_items_in_batch, **kwargs)
+        return dict(outputs) | {"loss": loss}
+
+    def _labelled_loss(self: Any, hidden_states, labels, num_items_in_batch, **kwargs):
+        """Loss of turns of (rows, tokens); the head is computed only where the next token has a label."""
+        targets = labels[:, 1:]
+        is_target = targets != -100
+        return self.loss_function(
+            logits=self.lm_head(hidden_states[:, :-1][is_target].unsqueeze(0)),
+            labels=None,
+            shift_labels=targets[is_target].unsqueeze(0),
+            vocab_size=self.config.vocab_size,
+            num_items_in_batch=num_items_in_batch,
+            **kwargs,
+        )
+
+    def _recomputed_episode(self: Any, inputs, labels, is_read, num_items_in_batch, **kwargs):
+        """
+        The same with each turn recomputed in the backward pass: between turns only the memory is kept, so that peak
+        memory hardly grows with the number of turns.
+        """
+        refuse_one_turns(inputs["cache"], inputs["memory_mask"])
+        embeds = inputs["inputs_embeds"]
+        embeds = self.model.embed(inputs["input_ids"]) if embeds is None else embeds
+        masks = torch.ones_like(labels) if inputs["attention_mask"] is None else inputs["attention_mask"]
+        written = masks if inputs["write_mask"] is None else masks * inputs["write_mask"].unsqueeze(-1)
+        states, turns, fingerprint = self.model._read(inputs["stm_cache"], len(embeds))
+
+        def turn_loss(index, states, embeds, mask, written, labels, is_read):
+            # every process calls the layers as often as any other: a turn without labels decodes one row for nothing
+            is_read = is_read | (~is_read.any() & (torch.arange(len(is_read), device=is_read.device) == 0))
+            with whole_layers(self.model):
+                hidden_states = self.model.decode(embeds[is_read], states[is_read], mask[is_read], **kwargs)
+                loss = self._labelled_loss(hidden_states, labels[is_read], num_items_in_batch, **kwargs)
+                states = self.model.write(self.model._carried(states, index), embeds, written)
+            return loss, states
 
         loss: Any = 0.0
         # one unbind: its gradient is one stack, where indexing would make a full-sized gradient for every turn
-        turns_of = zip(inputs_embeds.unbind(1), masks.unbind(1), labels.unbind(1), strict=True)
-        for index, turn in enumerate(turns_of):
+        by_turn = zip(*(each.unbind(1) for each in (embeds, masks, written, labels, is_read)), strict=True)
+        for index, turn in enumerate(by_turn):
             turn_value, states = self.model._gradient_checkpointing_func(turn_loss, index, states, *turn)
             loss = loss + turn_value
-        return loss, STMCache(states, turns=turns.to(states.device) + masks.any(-1).sum(-1), fingerprint=fingerprint)
+        turns = turns.to(states.device) + written.any(-1).sum(-1)
+        return {"loss": loss, "stm_cache": STMCache(states, turns=turns, fingerprint=fingerprint)}
+
+
+def refuse_one_turns(cache, memory_mask):
+    """What belongs to one turn has no place in an episode."""
+    if cache is not None:
+        raise ValueError(
+            "An episode of (batch, turns, tokens) keeps no cache of keys and values, nor the prefixes that PEFT puts "
+            "there; pass one turn."
+        )
+    if memory_mask is not None:
+        raise ValueError("memory_mask is for one turn under a given memory; an episode reads what it writes.")
 
 
 def by_turn(encoded, turns):
@@ -157,16 +251,22 @@ def whole_layers(module: nn.Module):
             layer.gradient_checkpointing = setting
 
 
-def missing_turns(module: nn.Module, episode: torch.Tensor) -> int:
-    """
-    How many turns fewer than on another rank an episode of (batch_size, turns, ...) has here. Ranks that each hold a
-    part of every parameter (FSDP2, ZeRO-3) gather it together, so all of them must call every layer equally often.
-    """
+def is_sharded(module: nn.Module) -> bool:
+    """Whether processes hold a part of every parameter each (FSDP2, ZeRO-3) and gather it together."""
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized():
+        return False
+    return any(hasattr(part, "full_tensor") or hasattr(part, "ds_id") for part in module.parameters())
+
+
+def missing_turns(module: nn.Module, episode: torch.Tensor) -> int:
+    """
+    How many turns fewer than on another rank an episode of (batch_size, turns, ...) has here: ranks that gather the
+    parameters together must all call every layer equally often.
+    """
+    if not is_sharded(module):
         return 0
-    if not any(hasattr(part, "full_tensor") or hasattr(part, "ds_id") for part in module.parameters()):
-        return 0
+    distributed = torch.distributed
     most = torch.tensor(episode.shape[1], device=episode.device)
     distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
     return int(most) - episode.shape[1]
@@ -179,4 +279,4 @@ def pad_turns(episode: torch.Tensor | None, missing: int, value: int = 0) -> tor
     return torch.cat([episode, episode.new_full((len(episode), missing, *episode.shape[2:]), value)], dim=1)
 
 
-__all__ = ["RxTEpisodeLossMixin", "RxTEpisodeMixin", "by_turn", "missing_turns", "pad_turns"]
+__all__ = ["RxTCausalEpisodeMixin", "RxTEpisodeMixin", "by_turn", "missing_turns", "pad_turns"]

@@ -37,6 +37,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.deprecation import deprecate_kwarg
@@ -45,7 +46,7 @@ from transformers.utils.output_capturing import OutputRecorder, _active_collecto
 
 from .cache_rxt import StateError, STMCache, TurnCache, as_stm_cache
 from .configuration_rxt import RxTConfig
-from .episode_rxt import RxTEpisodeLossMixin, RxTEpisodeMixin, missing_turns, pad_turns
+from .episode_rxt import RxTCausalEpisodeMixin, RxTEpisodeMixin
 from .fingerprint_rxt import execution_device, loaded_parameter, memory_fingerprint
 from .generation_rxt import RxTGenerationMixin, wait_for_writes
 
@@ -85,13 +86,15 @@ class RxTCausalLMOutputWithPast(CausalLMOutputWithCrossAttentions):
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*): next-token loss, router loss included.
         logits (`torch.FloatTensor` of shape `(batch_size, tokens, vocab_size)`): prediction scores;
-            `(batch_size, turns, tokens, vocab_size)` for an episode, `None` for one that is recomputed turn by turn.
+            `(batch_size, turns, tokens, vocab_size)` for an episode, `(turns read, tokens, vocab_size)` with a
+            `read_mask`, and `None` for an episode with labels in training, see [`RxTForCausalLM.forward`].
         cache (`EncoderDecoderCache`, *optional*): see [`RxTModelOutputWithPast`].
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
         attentions (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
         cross_attentions (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
         router_logits (`tuple(torch.FloatTensor)`, *optional*): see [`RxTModelOutputWithPast`].
-        aux_loss (`torch.FloatTensor`, *optional*): load-balancing loss of the experts over unpadded tokens.
+        aux_loss (`torch.FloatTensor`, *optional*): load-balancing loss of the experts over the unpadded tokens of
+            each row, and of all rows the mean; with `labels`, rows count by their share of the labels.
         last_hidden_state (`torch.FloatTensor`, *optional*): what the head was given.
         stm_cache (`STMCache`, *optional*): see [`RxTModelOutputWithPast`].
     """
@@ -961,6 +964,10 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         noise = torch.randn(shape, generator=generator, device=noise_device, dtype=torch.float32)
         return (noise * config.memory_init_std).to(device=device, dtype=dtype)
 
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings of ids of any shape; what hooks on the embedding see, such as NEFTune's, is rows of tokens."""
+        return self.embed_tokens(input_ids.flatten(0, -2)).unflatten(0, input_ids.shape[:-1])
+
     def memory_keys_values(self, states: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """
         What the cross part of a cache holds for a turn that reads `states` of
@@ -1084,6 +1091,7 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         stm_cache: STMCache | torch.Tensor | None = None,
         memory_mask: torch.Tensor | None = None,
         write_mask: torch.Tensor | None = None,
+        read_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RxTModelOutputWithPast:
         r"""
@@ -1096,22 +1104,34 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
             a memory encoder.
         write_mask (`torch.Tensor` of shape `(batch_size, turns)`, *optional*):
             0 for the turns of an episode that are read under the memory and not written into it.
+        read_mask (`torch.Tensor` of shape `(batch_size, turns)`, *optional*):
+            0 for the turns of an episode that are written into the memory and not decoded. `last_hidden_state` is then
+            of shape `(turns read, tokens, hidden_size)`, in the order of rows and turns.
         """
+        refuse_unknown_memory(self, kwargs)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = self.embed(input_ids)
         batch_size = inputs_embeds.shape[0]
         check_mask_shape(attention_mask, inputs_embeds, cache)
 
         if inputs_embeds.dim() == 4:
             last_hidden_state, stm_cache = self.read_episode(
-                inputs_embeds, attention_mask, stm_cache, write_mask, cache=cache, memory_mask=memory_mask, **kwargs
+                inputs_embeds,
+                attention_mask,
+                stm_cache,
+                write_mask,
+                read_mask,
+                cache=cache,
+                memory_mask=memory_mask,
+                **kwargs,
             )
             return RxTModelOutputWithPast(last_hidden_state=last_hidden_state, stm_cache=stm_cache)
 
-        if write_mask is not None:
-            raise ValueError("write_mask is for an episode of (batch, turns, tokens); one turn writes nothing here.")
+        for name, mask in (("write_mask", write_mask), ("read_mask", read_mask)):
+            if mask is not None:
+                raise ValueError(f"{name} is for an episode of (batch, turns, tokens); one turn is read, not written.")
         if memory_mask is not None and not isinstance(stm_cache, torch.Tensor):
             raise ValueError(
                 "memory_mask needs an stm_cache that is a tensor of (batch_size, layers, slots, hidden_size), "
@@ -1361,33 +1381,76 @@ def packed(keys_values, attention_mask, slots):
     return keys_values, varlen
 
 
-def load_balancing_loss(router_logits, num_experts, top_k, attention_mask=None):
+def load_balancing_losses(router_logits, top_k, weights):
     r"""
-    Load-balancing loss of the Switch Transformer (arXiv 2101.03961, equations 4 to 6) over the tokens of all layers:
-    `num_experts * sum_e(share of the choices that fall on e * mean probability of e)`, padding left out.
+    Load-balancing loss of the Switch Transformer (arXiv 2101.03961, equations 4 to 6) of each row, over its tokens of
+    all layers: `num_experts * sum_e(share of the choices that fall on e * mean probability of e)`. `weights` of
+    (batch_size, tokens) are 0 at padding.
     """
-    probabilities = torch.cat([F.softmax(upcast(logits), dim=-1) for logits in router_logits])
-    weights = torch.ones_like(probabilities[:, 0])
-    if attention_mask is not None:
-        weights = attention_mask.reshape(-1).to(weights).repeat(len(router_logits))
+    probabilities = torch.stack([F.softmax(upcast(logits), dim=-1) for logits in router_logits])
+    layers, _, num_experts = probabilities.shape
+    probabilities = probabilities.unflatten(1, weights.shape).transpose(0, 1).flatten(1, 2)
+    weights = weights.to(probabilities).repeat(1, layers)
+    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
     chosen = torch.topk(probabilities, top_k, dim=-1).indices
-    choices = F.one_hot(chosen, num_experts).to(weights).sum(dim=1)
-    shares = (choices * weights[:, None]).sum(0) / weights.sum()
-    means = (probabilities * weights[:, None]).sum(0) / weights.sum()
-    return num_experts * (shares * means).sum()
+    choices = F.one_hot(chosen, num_experts).to(weights).sum(dim=-2)
+    shares = (choices * weights[..., None]).sum(1)
+    means = (probabilities * weights[..., None]).sum(1)
+    return num_experts * (shares * means).sum(-1)
+
+
+def row_shares(counts, labels=None, num_items_in_batch=None):
+    """
+    What each row counts in a loss beside that of the tokens, (batch_size,): its share of the labels of the optimizer
+    step, since their number is all that a model is told of the step's other batches and processes. So the gradient
+    does not depend on how a step is cut. Without labels: its share of `counts`, what the row's loss is a mean over.
+    """
+    if labels is None:
+        return counts / counts.sum().clamp(min=1)
+    counts = labels[..., 1:].ne(-100).flatten(1).sum(1)
+    return counts / (counts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def refuse_labels_taken_away(labels, num_items_in_batch, lost):
+    """`Trainer` counts labels and then keeps them for a loss of its own, which knows the logits alone."""
+    if labels is None and num_items_in_batch is not None:
+        raise ValueError(
+            f"The labels were taken away before forward, so that {lost} would be lost: leave out "
+            "label_smoothing_factor and compute_loss_func."
+        )
+
+
+def refuse_unknown_memory(module, kwargs):
+    """Other words are passed over, as in all models; without the memory that was meant, a conversation is lost."""
+    for name in kwargs:
+        if any(part in name.lower() for part in ("stm", "memory", "write", "read_")):
+            raise TypeError(
+                f"{type(module).__name__}.forward got an unexpected keyword argument {name!r}: the memory to read is "
+                "stm_cache, and the masks are memory_mask, write_mask and read_mask."
+            )
 
 
 @auto_docstring
-class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTEpisodeLossMixin):
+class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTCausalEpisodeMixin):
     """
     A Reactive Transformer with a language-model head. `AutoModel` and `AutoModelForCausalLM` both load it: the memory
     belongs to the model, and `generate` to the memory.
+
+    What feeds the model from outside and takes the second dimension for the tokens knows single turns only. TRL's
+    `SFTTrainer` calls the decoder itself and shifts that dimension: of an episode it would learn each turn as the
+    answer to the turn before, without a word, so train episodes with `Trainer`. PEFT's prompt, prefix and P-tuning put
+    their tokens there, and fail on episodes: use LoRA for them.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init_subclass__(cls, **kwargs):
+        # a subclass, such as FSDP2 makes of the model, has another name
+        super().__init_subclass__(**kwargs)
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[f"rxt/{cls.__name__}"] = cls.__name__
 
     def __init__(self, config: RxTConfig):
         super().__init__(config)
@@ -1522,12 +1585,20 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTEpisodeLossMixin
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         stm_cache: STMCache | torch.Tensor | None = None,
+        memory_mask: torch.Tensor | None = None,
+        write_mask: torch.Tensor | None = None,
+        read_mask: torch.Tensor | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RxTCausalLMOutputWithPast:
         r"""
         One turn, or an episode.
+
+        In training, of an episode with `labels` only the turns that hold one are decoded, and `logits` is `None`: loss
+        and gradient are those of decoding all. With gradient checkpointing each turn is recomputed as a whole, and
+        between turns only the memory is kept. The exceptions decode all turns and recompute layer by layer: the
+        routers' loss, which is over all tokens, and `torch.compile`, which needs one shape.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, tokens)`): one interaction, or its part so far. Of
@@ -1538,13 +1609,20 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTEpisodeLossMixin
             stm_cache ([`STMCache`] or `torch.Tensor`, *optional*): the memory to read; by default the initial one.
             cache (`EncoderDecoderCache`, *optional*): keys and values of this interaction so far, and those of the
                 memory.
+            memory_mask (`torch.Tensor` of shape `(batch_size, slots)`, *optional*): see [`RxTModel`]; of one turn.
+            write_mask (`torch.Tensor` of shape `(batch_size, turns)`, *optional*): 0 for the turns of an episode that
+                are read under the memory and not written into it.
+            read_mask (`torch.Tensor` of shape `(batch_size, turns)`, *optional*): 0 for the turns of an episode that
+                are written and not decoded. The logits are then of shape `(turns read, tokens, vocab_size)`.
 
         Returns: [`RxTCausalLMOutputWithPast`]
+
+        Raises: `ValueError` for shapes and arguments that do not fit together, `TypeError` for a misspelt memory.
 
         Example:
 
         ```python
-        >>> from transformers import AutoModelForCausalLM
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
         >>> import rxt_hf
 
         >>> model = AutoModelForCausalLM.from_pretrained(rxt_hf.DEMO)
@@ -1557,59 +1635,40 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTEpisodeLossMixin
         >>> out.stm_cache.turns
         tensor([1])
         ```"""
+        refuse_unknown_memory(self, kwargs)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
+        num_items_in_batch = kwargs.get("num_items_in_batch")
+        # CODEPATH: only a mixture of experts, such as RxT-Beta, has a coefficient other than 0
+        if output_router_logits and self.config.router_aux_loss_coef:
+            refuse_labels_taken_away(labels, num_items_in_batch, "the routers' loss")
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "cache": cache,
+            "stm_cache": stm_cache,
+            "memory_mask": memory_mask,
+            "write_mask": write_mask,
+            "read_mask": read_mask,
+            "output_router_logits": output_router_logits,
+        }
         tokens = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
-        is_episode = tokens.dim() == 3
-        missing = missing_turns(self, tokens) if is_episode else 0
-        if missing:
-            attention_mask = torch.ones_like(tokens, dtype=torch.long) if attention_mask is None else attention_mask
-            input_ids, attention_mask, inputs_embeds = (
-                pad_turns(tensor, missing) for tensor in (input_ids, attention_mask, inputs_embeds)
-            )
-            labels = pad_turns(labels, missing, -100)
-            if "write_mask" in kwargs:
-                kwargs["write_mask"] = pad_turns(kwargs["write_mask"], missing)
-        recompute = is_episode and labels is not None and self.model.gradient_checkpointing and self.training
-        # the routers' loss is one over all turns, so an episode that takes it recomputes by layer, not by turn
-        if recompute and not output_router_logits and kwargs.get("write_mask") is None and cache is None:
-            embeds = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            loss, stm_cache = self.recomputed_episode(embeds, attention_mask, labels, stm_cache, **kwargs)
-            return RxTCausalLMOutputWithPast(loss=loss, stm_cache=stm_cache)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            stm_cache=stm_cache,
-            output_router_logits=output_router_logits,
-            **kwargs,
-        )
-        # the last tokens of every turn, where there are many
-        hidden_states = outputs.last_hidden_state.flatten(0, -3)
-        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
-        logits = logits.unflatten(0, outputs.last_hidden_state.shape[:-2])
-
+        if tokens.dim() == 3:
+            check_mask_shape(attention_mask, tokens.unsqueeze(-1), None)
+            return RxTCausalLMOutputWithPast(**self.episode_fields(inputs, labels, logits_to_keep, **kwargs))
+        outputs = self.model(position_ids=position_ids, use_cache=use_cache, **inputs, **kwargs)
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if output_router_logits and outputs.router_logits:
-            mask = attention_mask
-            if mask is not None and not is_episode:
-                # a mask for cached decoding covers the past tokens too
-                mask = mask[:, -outputs.last_hidden_state.shape[1] :]
-            aux_loss = load_balancing_loss(
-                outputs.router_logits, self.config.num_experts, self.config.num_experts_per_tok, mask
-            )
-            if loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
-        last_hidden_state = outputs.last_hidden_state
-        if missing:
-            logits, last_hidden_state = logits[:, :-missing], last_hidden_state[:, :-missing]
+            # a mask for cached decoding covers the past tokens too
+            mask = torch.ones_like(tokens) if attention_mask is None else attention_mask[:, -tokens.shape[1] :]
+            aux_loss = self.router_loss(outputs.router_logits, mask, labels, num_items_in_batch)
+            loss = None if loss is None else loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         return RxTCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -1619,9 +1678,18 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTEpisodeLossMixin
             cross_attentions=outputs.cross_attentions,
             router_logits=outputs.router_logits,
             aux_loss=aux_loss,
-            last_hidden_state=last_hidden_state,
+            last_hidden_state=outputs.last_hidden_state,
             stm_cache=outputs.stm_cache,
         )
 
+    def router_loss(self, router_logits, mask, labels=None, num_items_in_batch=None):
+        """The experts' load-balancing loss of turns or episodes; `mask`, of their shape, is 0 at padding."""
+        weights = mask.flatten(1)
+        losses = load_balancing_losses(router_logits, self.config.num_experts_per_tok, weights)
+        return (losses * row_shares(weights.sum(1), labels, num_items_in_batch).to(losses)).sum()
+
+
+# Trainer looks by the class's name whether the labels that it smooths are to be shifted
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["rxt"] = RxTForCausalLM.__name__
 
 __all__ = ["RxTForCausalLM", "RxTModel", "RxTPreTrainedModel"]

@@ -22,7 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from rxt_hf import RxTForCausalLM
 from rxt_hf.data.collator import RxTEpisodeCollator, RxTPreTrainingCollator
-from rxt_hf.training.preference import PreferenceArguments, PreferenceCollator, PreferenceTrainer, encode_preferences
+from rxt_hf.training.preference import PreferenceArguments, PreferenceTrainer, encode_preferences
 from rxt_hf.training.stages import STAGES, set_training_stage
 
 from .models import random_ids
@@ -45,14 +45,14 @@ WRAPPERS = {
 
 
 class MaskingByRow(RxTPreTrainingCollator):
-    """Masks as many tokens of a row as it has labels, which ones being a function of the row: no chance."""
+    """Masks one to four tokens of a row, how many and which ones being a function of the row: no chance."""
 
     def __call__(self, features):
         batch = RxTEpisodeCollator.__call__(self, features)
         is_masked = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
         for row, feature in enumerate(features):
-            ids, labels = feature["input_ids"], feature["labels"]
-            count = sum(label != -100 for label in labels) // 2
+            ids = feature["input_ids"]
+            count = 1 + ids[1] % 4
             is_masked[row, [(ids[0] + 2 * place) % len(ids) for place in range(count)]] = True
         masked = {"masked_input_ids": batch["input_ids"].masked_fill(is_masked, MASK_TOKEN)}
         return batch | masked | {"mlm_targets": batch["input_ids"].masked_fill(~is_masked, -100)}
@@ -64,13 +64,10 @@ def labelled(ids, count):
 
 
 def rows_of(stage):
-    """
-    Ragged data. The masked tokens' mean and the memory's are taken in each process and weighted by its share of the
-    labels, so in these stages labels are in proportion to what is averaged: else two processes weight it otherwise.
-    """
+    """Ragged data: rows differ in tokens, turns, labels and masked tokens."""
     ids = random_ids(32, 4, 16, seed=2).tolist()
     if stage == "pretraining":
-        return [labelled(row[0], 16) for row in ids]
+        return [labelled(row[0][: 9 + index % 8], 9 + index % 8) for index, row in enumerate(ids)]
     if stage == "finetuning":
         return [labelled(row[0][: 9 + index % 5], 4 + 2 * (index % 3)) for index, row in enumerate(ids)]
     if stage == "preference":
@@ -78,7 +75,7 @@ def rows_of(stage):
     rows = []
     for index, row in enumerate(ids):
         turns = [turn[: 7 + (index + place) % 5] for place, turn in enumerate(row[: 2 + index % 3])]
-        counts = [3 if stage == "memory_attention" else 2 + (index + place) % 4 for place in range(len(turns))]
+        counts = [2 + (index + place) % 4 for place in range(len(turns))]
         pairs = [labelled(turn, count) for turn, count in zip(turns, counts, strict=True)]
         rows.append({name: [pair[name] for pair in pairs] for name in pairs[0]})
     return rows
@@ -92,8 +89,8 @@ def preferences(turns, index):
 
 
 def collator_for(stage):
-    classes = {"pretraining": MaskingByRow, "finetuning": MaskingByRow, "preference": PreferenceCollator}
-    return classes.get(stage, RxTEpisodeCollator)(0)
+    classes = {"pretraining": MaskingByRow, "finetuning": MaskingByRow}
+    return classes[stage](0, mask_token_id=MASK_TOKEN) if stage in classes else RxTEpisodeCollator(0)
 
 
 def trainer_for(stage, start, folder, wrapper="none", **arguments):

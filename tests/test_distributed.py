@@ -29,7 +29,8 @@ WRAPPED = {
 def start(tmp_path_factory):
     """The model that all runs start from; noise of the stages before dialogues would be another in each process."""
     folder = tmp_path_factory.mktemp("start")
-    tiny_model(memory_noise_std=0.0).save_pretrained(folder)
+    experts = {"num_experts": 3, "moe_intermediate_size": 16, "moe_layers": [1], "output_router_logits": True}
+    tiny_model(memory_noise_std=0.0, router_aux_loss_coef=0.5, **experts).save_pretrained(folder)
     return folder
 
 

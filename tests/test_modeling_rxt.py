@@ -390,10 +390,12 @@ def test_router_loss_of_a_cached_forward_takes_the_full_mask():
         for row, start, end in ((0, 2, 6), (1, 0, 4))
     ]
     # of each row the new tokens that are real: three of the first, one of the second
-    logits = [torch.cat([a[-3:], b[-1:]]) for a, b in zip(*(o.router_logits for o in alone), strict=True)]
-    probabilities = torch.cat(logits).softmax(-1)
-    chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(2).indices, 1.0)
-    close(step.aux_loss, 4 * (chosen.mean(0) * probabilities.mean(0)).sum())
+    losses = []
+    for output, new in zip(alone, (3, 1), strict=True):
+        probabilities = torch.cat([logits[-new:] for logits in output.router_logits]).softmax(-1)
+        chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(2).indices, 1.0)
+        losses.append(4 * (chosen.mean(0) * probabilities.mean(0)).sum())
+    close(step.aux_loss, (3 * losses[0] + losses[1]) / 4)
 
 
 def test_logits_to_keep_are_the_last_of_every_turn(model, memory):
@@ -653,6 +655,15 @@ def test_a_decoded_token_reads_the_memory_without_the_kernel_that_is_slow_for_it
 def test_memory_mask_without_a_tensor_to_mask_is_refused(model, memory, given):
     with pytest.raises(ValueError, match="memory_mask needs an stm_cache that is a tensor"):
         model(IDS, stm_cache=given and memory, memory_mask=torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("name", ["memory", "stm_cach", "stm", "STM_cache", "memory_states", "write_masks"])
+@pytest.mark.parametrize("part", ["head", "decoder", "episode"])
+def test_misspelt_memory_is_refused(model, memory, name, part):
+    module = model.model if part == "decoder" else model
+    ids = IDS.unsqueeze(1) if part == "episode" else IDS
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}': the memory to read is stm_cache"):
+        module(ids, **{name: memory})
 
 
 def test_masks_of_an_episode_and_of_one_turn_are_not_taken_for_each_other(model, memory):

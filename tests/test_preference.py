@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from rxt_hf.chat_template import encode_interaction, train_tokenizer
+from rxt_hf.data.collator import RxTEpisodeCollator
 from rxt_hf.data.facts import corpus_texts, generate_dialogue
 from rxt_hf.training.preference import (
     PreferenceArguments,
-    PreferenceCollator,
     PreferenceTrainer,
     add_own_mistakes,
     answer_log_probs,
@@ -52,7 +52,7 @@ DIALOGUES = [
 
 
 def batch_of(dialogues, **options):
-    return PreferenceCollator(PAD, **options)([encode_preferences(None, turns) for turns in dialogues])
+    return RxTEpisodeCollator(PAD, **options)([encode_preferences(None, turns) for turns in dialogues])
 
 
 def trainer_for(model, folder, reference=None, dialogues=DIALOGUES, **arguments):
@@ -61,7 +61,7 @@ def trainer_for(model, folder, reference=None, dialogues=DIALOGUES, **arguments)
     return PreferenceTrainer(
         model,
         PreferenceArguments(str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **settings),
-        data_collator=PreferenceCollator(PAD),
+        data_collator=RxTEpisodeCollator(PAD),
         train_dataset=[encode_preferences(None, turns) for turns in dialogues],
         reference_model=reference,
     )
@@ -109,7 +109,7 @@ def test_control_tokens_of_the_hand_computation_are_those_of_the_data():
 def test_a_rejected_answer_is_a_turn_before_the_chosen_one_that_is_not_written():
     plain, paired = turn(1, 3, 4), turn(2, 2, 5, 3)
     found = encode_preferences(None, [plain, paired])
-    assert found["is_written"] == [1, 0, 1]
+    assert found["write_mask"] == [1, 0, 1]
     assert found["labels"][0] == [-100] * len(found["input_ids"][0])
     assert found["input_ids"][1][-4:] == found["labels"][1][-4:] == [*paired["rejected"], 2]
     assert found["input_ids"][2][-6:] == found["labels"][2][-6:] == [*paired["answer"], 2]
@@ -221,8 +221,12 @@ def test_experts_keep_their_load_balancing_loss(tmp_path):
     model = tiny_model(**EXPERTS)
     trainer = trainer_for(model, tmp_path, copy.deepcopy(model))
     batch = batch_of(DIALOGUES)
-    aux_loss = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "write_mask")}).aux_loss
-    expected = math.log(2) + EXPERTS["router_aux_loss_coef"] * aux_loss.item()
+    # dialogues count by their pairs
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "write_mask")}
+    rows = [{name: tensor[row : row + 1] for name, tensor in inputs.items()} for row in range(len(DIALOGUES))]
+    pairs = [sum("rejected" in each for each in turns) for turns in DIALOGUES]
+    balance = sum(model(**row).aux_loss.item() * count for row, count in zip(rows, pairs, strict=True)) / sum(pairs)
+    expected = math.log(2) + EXPERTS["router_aux_loss_coef"] * balance
     assert trainer.compute_loss(model, batch).item() == pytest.approx(expected, abs=1e-5)
 
 

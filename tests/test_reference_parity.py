@@ -194,6 +194,15 @@ def test_episode_loss_and_final_memory_equal_the_turn_loop(case):
     assert ("lm_head.weight" in case.reference.used) != case.config.tie_word_embeddings
 
 
+def of_rows(reference, router_logits, mask, counts):
+    """The balancing losses of rows, which count by `counts`."""
+    losses = [
+        reference.load_balancing_loss([logits[row] for logits in router_logits], mask[row]) if mask[row].any() else 0.0
+        for row in range(len(counts))
+    ]
+    return sum(loss * share for loss, share in zip(losses, counts / counts.sum(), strict=True))
+
+
 @pytest.mark.parametrize("options", [MOE, CASES["everything"]], ids=["all layers", "with shared experts"])
 @torch.no_grad()
 def test_load_balancing_loss_of_an_episode_counts_real_tokens_only(options):
@@ -204,10 +213,10 @@ def test_load_balancing_loss_of_an_episode_counts_real_tokens_only(options):
         ids, mask = episode.input_ids[:, t], episode.attention_mask[:, t]
         turns.append(reference.router_logits(ids, states, mask))
         turn = model(ids, attention_mask=mask, stm_cache=states.float())
-        close(turn.aux_loss, reference.load_balancing_loss(turns[-1], mask))
+        close(turn.aux_loss, of_rows(reference, turns[-1], mask, mask.sum(-1)))
         states = reference.update(states, reference.encode(ids, mask), mask)
     by_layer = [torch.stack(layer, dim=1) for layer in zip(*turns, strict=True)]
-    expected = reference.load_balancing_loss(by_layer, episode.attention_mask)
+    expected = of_rows(reference, by_layer, episode.attention_mask, episode.labels[..., 1:].ne(-100).sum((1, 2)))
     output, plain = model(**vars(episode)), model(**vars(episode), output_router_logits=False)
     close(output.aux_loss, expected)
     close(output.loss, plain.loss.double() + config.router_aux_loss_coef * expected)

@@ -210,6 +210,7 @@ BAD_FILES = {
     "lora_rank: 4": "LoRA needs a model to start from",
     "unfreeze: {model.: 2}": "unfreeze needs max_steps",
     "fp16: true": "fp16 needs a GPU",
+    "label_smoothing_factor: 0.1\ntorch_compile: true": "label_smoothing_factor=0.1 is for memory_aware without",
     "turns: 1": "needs dialogues of two turns or more, got turns=1",
     "data: nowhere": "No such file or directory.*nowhere",
     "data: []": "data is missing",
@@ -225,6 +226,13 @@ def test_a_wrong_file_costs_one_sentence_before_anything_is_loaded(text, tmp_pat
         run(arguments_of("memory_aware", "--config", config, "--output_dir", tmp_path / "out"))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stage", ["pretraining", "finetuning", "memory_attention", "preference"])
+def test_labels_of_a_stage_with_losses_of_its_own_are_not_smoothed(stage, tmp_path):
+    words = ["--data", "facts", "--model", "somewhere", "--output_dir", tmp_path, "--label_smoothing_factor", "0.1"]
+    with pytest.raises(ValueError, match="is for memory_aware without torch_compile"):
+        run(arguments_of(stage, *words))
 
 
 def test_data_that_do_not_fit_the_stage_are_refused(chain, tmp_path):

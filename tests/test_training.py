@@ -205,6 +205,66 @@ def test_recomputed_episode_has_the_same_loss_and_gradients(fields, use_reentran
     assert_equal_gradients(gradients(model, recomputed.loss), expected, tolerance=1e-6)
 
 
+def in_float64(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **_):
+    """The loss of transformers' own causal language models, which is in float32."""
+    targets = pad(labels, (0, 1), value=-100)[..., 1:] if shift_labels is None else shift_labels
+    return cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum") / num_items_in_batch
+
+
+@each_variant
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("write_mask", [None, [[1, 0, 1, 0], [0, 1, 1, 1]]], ids=["all written", "some written"])
+@pytest.mark.parametrize(
+    "labelled", [[[0, 1, 0, 1], [0, 0, 1, 0]], [[0, 0, 0, 0], [0, 0, 0, 0]]], ids=["some", "none"]
+)
+def test_decoding_labelled_turns_alone_changes_nothing(fields, checkpointing, write_mask, labelled):
+    if fields is EXPERTS:
+        fields = EXPERTS | {"output_router_logits": False}
+    model, batch = tiny_model(**fields).double(), random_episode()
+    model.loss_function = in_float64
+    batch["labels"] = batch["labels"].masked_fill(torch.tensor(labelled)[..., None] == 0, -100)
+    if write_mask is not None:
+        batch["write_mask"] = torch.tensor(write_mask)
+    all_turns = model.eval()(**batch)
+    assert all_turns.logits.shape == (2, 4, 12, 300)
+    expected = gradients(model, all_turns.loss)
+    rows = []
+    handle = model.model.layers[0].register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    output = model.train()(**batch)
+    handle.remove()
+    some = sum(map(sum, labelled))
+    # recomputed turns are decoded one by one, and each for one row at least
+    assert sum(rows) == (max(some, 4) if checkpointing else max(some, 1))
+    assert output.logits is None
+    torch.testing.assert_close(output.loss, all_turns.loss, atol=1e-10, rtol=0)
+    torch.testing.assert_close(output.stm_cache.states, all_turns.stm_cache.states, atol=1e-10, rtol=0)
+    assert output.stm_cache.turns.tolist() == all_turns.stm_cache.turns.tolist()
+    found = gradients(model, output.loss)
+    assert (found["model.norm.weight"].abs().max() > 0) == bool(some)
+    assert_equal_gradients(found, expected, tolerance=1e-10)
+
+
+def test_turns_chosen_by_hand_are_decoded_alone():
+    model, batch = tiny_model().eval(), random_episode()
+    read_mask = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 0]])
+    whole = model(**batch)
+    ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
+    chosen = model(ids, attention_mask=mask, read_mask=read_mask)
+    torch.testing.assert_close(chosen.logits, whole.logits[read_mask.bool()], atol=1e-5, rtol=0)
+    assert torch.equal(chosen.stm_cache.states, whole.stm_cache.states)
+    # the labels of all turns are the denominator, whatever is decoded
+    kept = labels.masked_fill(read_mask[..., None] == 0, -100)
+    share = (kept[..., 1:] != -100).sum() / (labels[..., 1:] != -100).sum()
+    expected = model(ids, attention_mask=mask, labels=kept).loss * share
+    for training in (False, True):
+        loss = model.train(training)(ids, attention_mask=mask, labels=labels, read_mask=read_mask).loss
+        torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="read_mask and output_router_logits exclude each other"):
+        tiny_model(**EXPERTS)(ids, read_mask=read_mask)
+
+
 def test_every_weight_gets_a_gradient_from_an_episode():
     model = tiny_model()
     found = gradients(model, model(**random_episode()).loss)

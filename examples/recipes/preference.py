@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 import rxt_hf
+from rxt_hf.data.collator import RxTEpisodeCollator
 from rxt_hf.data.facts import UNKNOWN_ANSWER, generate_dialogue
 from rxt_hf.evaluation.recall import recall
 from rxt_hf.evaluation.speed import environment
 from rxt_hf.training.fact_dialogues import MIX
 from rxt_hf.training.preference import (
     PreferenceArguments,
-    PreferenceCollator,
     PreferenceTrainer,
     add_own_mistakes,
     encode_preferences,
@@ -137,7 +137,7 @@ def main() -> None:
         model,
         args,
         train_dataset=[encode_preferences(tokenizer, turns) for turns in pairs],
-        data_collator=PreferenceCollator(tokenizer.pad_token_id),
+        data_collator=RxTEpisodeCollator(tokenizer),
         processing_class=tokenizer,
         reference_model=copy.deepcopy(model),
     )

@@ -107,7 +107,7 @@ def texts(dialogues: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    options, args = parse(DialogueArguments, RECIPE, argv, one_process=True)
+    options, args = parse(DialogueArguments, RECIPE, argv)
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     each = (sampled(path, "train", options.dialogues, skip_bad_rows=options.skip_bad_rows) for path in options.data)

@@ -21,15 +21,12 @@ Options = TypeVar("Options")
 
 
 def parse(
-    options_class: type[Options], defaults: dict[str, Any], argv: list[str] | None, *, one_process: bool = False
+    options_class: type[Options], defaults: dict[str, Any], argv: list[str] | None
 ) -> tuple[Options, TrainingArguments]:
     """A recipe's options and those of `Trainer`, of which the recipe says the `defaults`, from a command line."""
     parser: Any = HfArgumentParser(cast("Any", (options_class, TrainingArguments)))
     parser.set_defaults(**defaults)
-    options, args = parser.parse_args_into_dataclasses(argv)
-    if one_process and args.world_size > 1:
-        raise ValueError(f"The recipe runs in one process, got {args.world_size}.")
-    return options, args
+    return parser.parse_args_into_dataclasses(argv)
 
 
 class StepCollator(RxTEpisodeCollator):
@@ -38,6 +35,25 @@ class StepCollator(RxTEpisodeCollator):
     def __call__(self, features):
         (episodes,) = features
         return super().__call__(episodes)
+
+
+class CountingTrainer(Trainer):
+    """`Trainer` with a loss of its own: a sum, divided by what [`count`] finds in all batches of an optimizer step."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.loss_is_scaled_for_ga = True
+
+    def count(self, inputs: Any) -> torch.Tensor:
+        """What the loss of a batch is a mean over."""
+        raise NotImplementedError
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        total = torch.stack([self.count(batch) for batch in samples]).sum() if samples else torch.zeros(())
+        # processes average their gradients
+        total = self.accelerator.gather(total.to(device)).sum() / self.accelerator.num_processes
+        return samples, total.clamp(min=1e-9)
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -6,7 +6,7 @@ Trains a small model on synthetic memory tasks (`rxt_hf.data.tasks`) and measure
 
 runs to the end, or resumes from the last checkpoint in `out`, and writes `out/result.json`. The size of an episode
 (see `SIZES`) stays at `--first_size` until a value is bound to its key, then it grows. In tasks of token ids questions
-are read and not written, so that all of an episode's questions ask one and the same memory. Runs in one process.
+are read and not written, so that all of an episode's questions ask one and the same memory.
 """
 
 import json
@@ -18,10 +18,9 @@ from itertools import count, islice
 from math import ceil
 from pathlib import Path
 from random import Random
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, Trainer
 
@@ -109,7 +108,7 @@ def generate(task: str, seed: int, size: int, **more: Any) -> dict[str, Any]:
 
 def episode_batch(tokenizer: PreTrainedTokenizerFast | None, episodes: list[dict]) -> dict[str, torch.Tensor]:
     """A batch in which only the answers to questions have labels, and what is to be written."""
-    features, written = [], []
+    features: list[dict[str, list]] = []
     for episode in episodes:
         turns = episode["interactions"]
         rows = encode_turns(tokenizer, turns)
@@ -118,11 +117,9 @@ def episode_batch(tokenizer: PreTrainedTokenizerFast | None, episodes: list[dict
         ]
         features.append({"input_ids": [ids for ids, _ in rows], "labels": labels})
         # a dialogue in words goes on after a question
-        written.append([int(turn["kind"] != "ask" or isinstance(turn["query"], str)) for turn in turns])
-    batch = RxTEpisodeCollator(pad_token_id=0)(features)
-    width = batch["labels"].shape[1]
-    rows = [row + [0] * (width - len(row)) for row in written]
-    return batch | {"write_mask": torch.tensor(rows)}
+        written = [int(turn["kind"] != "ask" or isinstance(turn["query"], str)) for turn in turns]
+        features[-1]["write_mask"] = written
+    return RxTEpisodeCollator(pad_token_id=0)(features)
 
 
 class MemoryTasks(Dataset):
@@ -164,34 +161,32 @@ class MemoryTasks(Dataset):
         return batch
 
 
+def after_history(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch with the memory of `history`, if it has one: bound things must be found wherever writes move them."""
+    if "history" not in batch:
+        return batch
+    inputs = dict(batch)
+    history = inputs.pop("history")
+    # something has to be read
+    read_mask = torch.zeros_like(history[..., 0])
+    read_mask[0, 0] = 1
+    with torch.no_grad():
+        before = model(history, attention_mask=(history != 0).long(), read_mask=read_mask)
+    return inputs | {"stm_cache": before.stm_cache}
+
+
 def answer_logits(model: RxTForCausalLM, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits and targets (-100 elsewhere) of the turns with labels, in order: only they are decoded."""
-    inner, mask, labels = model.model, batch["attention_mask"], batch["labels"]
-    embeds = inner.embed_tokens(batch["input_ids"])
-    # behind the last turn that is written all read the same
-    turns = int(batch["write_mask"].any(0).nonzero().max()) + 1
-    written = mask * batch["write_mask"].unsqueeze(-1)
-    states = inner.initial_states(len(embeds))
-    if "history" in batch:
-        with torch.no_grad():
-            # the memory drifts with every write: what is bound must be found wherever it has come to
-            before, real = inner.embed_tokens(batch["history"]), batch["history"] != 0
-            _, states = inner.read_states(before, real, real, states)
-    read, last = inner.read_states(embeds[:, :turns], mask[:, :turns], written[:, :turns], states)
-    read = torch.cat([read, last.unsqueeze(1).expand(-1, embeds.shape[1] - turns, -1, -1, -1)], dim=1)
-    is_read = (labels != -100).any(-1)
-    hidden_states = inner.decode(embeds[is_read], read[is_read], mask[is_read])
-    return model.lm_head(hidden_states[:, :-1]), labels[is_read][:, 1:]
+    is_read = (batch["labels"] != -100).any(-1)
+    inputs = {name: tensor for name, tensor in after_history(model, batch).items() if name != "labels"}
+    return model(**inputs, read_mask=is_read).logits[:, :-1], batch["labels"][is_read][:, 1:]
 
 
 class TaskTrainer(Trainer):
-    """Mean cross-entropy of the answers' tokens."""
+    """`Trainer` that writes the column `history` first, without gradient."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # the model's own forward, which has its autocast, is not what is called here
-        with self.accelerator.autocast():
-            logits, targets = answer_logits(cast(RxTForCausalLM, self.accelerator.unwrap_model(model)), inputs)
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return super().compute_loss(model, after_history(model, inputs), return_outputs, num_items_in_batch)
 
 
 @torch.no_grad()
@@ -239,7 +234,7 @@ def stories(tasks: list[str], number: int = 2000) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    options, args = parse(MemoryTaskArguments, RECIPE, argv, one_process=True)
+    options, args = parse(MemoryTaskArguments, RECIPE, argv)
     unknown = [task for task in options.tasks if task not in TASKS]
     if unknown:
         raise ValueError(f"There is no task {unknown[0]!r}; the tasks are {', '.join(TASKS)}.")

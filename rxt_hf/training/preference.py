@@ -17,18 +17,19 @@ answer counts as one. Freeze `memory_encoder`, `memory_attention` and `initial_m
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 from ..data.collator import RxTEpisodeCollator
 from ..data.facts import score_answer
 from ..data.readers import encode_turns
 from ..data.rows import split_messages
 from ..evaluation.recall import left_padded
-from ..modeling_rxt import upcast
+from ..modeling_rxt import load_balancing_losses, upcast
+from .loop import CountingTrainer
 
 LossType = Literal["dpo", "apo_zero", "apo_down"]
 
@@ -71,8 +72,8 @@ def encode_preferences(
     tokenizer: PreTrainedTokenizerFast | None, interactions: Sequence[Mapping[str, Any]]
 ) -> dict[str, list]:
     """
-    A dialogue as [`PreferenceCollator`] takes it: `input_ids` and `labels` of each turn, a rejected answer being a
-    turn before the chosen one, and `is_written`. Labels are -100 in turns without a rejected answer.
+    A dialogue as [`RxTEpisodeCollator`] takes it: `input_ids` and `labels` of each turn, a rejected answer being a
+    turn before the chosen one, and `write_mask`. Labels are -100 in turns without a rejected answer.
 
     Args:
         interactions (`Sequence[Mapping]`): `query`, `answer`, and in turns with a preference `rejected`, a text or
@@ -89,7 +90,7 @@ def encode_preferences(
         is_scored += [has_pair] * (1 + has_pair)
     encoded = encode_turns(tokenizer, turns)
     labels = [row if scored else [-100] * len(row) for (_, row), scored in zip(encoded, is_scored, strict=True)]
-    return {"input_ids": [ids for ids, _ in encoded], "labels": labels, "is_written": is_written}
+    return {"input_ids": [ids for ids, _ in encoded], "labels": labels, "write_mask": is_written}
 
 
 def preference_interactions(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -161,19 +162,6 @@ def add_own_mistakes(
 
 
 @dataclass
-class PreferenceCollator(RxTEpisodeCollator):
-    """[`RxTEpisodeCollator`] for what [`encode_preferences`] gives, with `write_mask` of (batch_size, turns)."""
-
-    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        batch = super().__call__([{name: feature[name] for name in ("input_ids", "labels")} for feature in features])
-        batch["write_mask"] = torch.zeros(batch["labels"].shape[:2], dtype=torch.long)
-        for row, feature in enumerate(features):
-            is_written = torch.tensor(feature["is_written"][: self.max_turns])
-            batch["write_mask"][row, : len(is_written)] = is_written
-        return batch
-
-
-@dataclass
 class PreferenceArguments(TrainingArguments):
     """
     [`TrainingArguments`], and:
@@ -213,16 +201,11 @@ def reference_of(policy: Any, reference_model: Any) -> Generator[Any, None, None
         policy.train(is_training)
 
 
-def with_router_loss(loss: torch.Tensor, outputs: Any, model: Any) -> torch.Tensor:
-    """The loss, and the load-balancing loss of a mixture of experts as in the stages before."""
-    return loss if outputs.aux_loss is None else loss + model.config.router_aux_loss_coef * outputs.aux_loss
-
-
-class PreferenceTrainer(Trainer):
+class PreferenceTrainer(CountingTrainer):
     r"""
-    `Trainer` with the loss of [`preference_loss`], mean over the pairs of a batch. Data sets hold what
-    [`encode_preferences`] gives, batches come from a [`PreferenceCollator`]. Logs `accuracy`, the share of pairs whose
-    chosen answer has the larger reward, and `margin`, the mean difference of the rewards.
+    `Trainer` with the loss of [`preference_loss`], mean over the pairs of a step. Data sets hold what
+    [`encode_preferences`] gives, batches come from an [`RxTEpisodeCollator`]. Logs `accuracy`, the share of pairs
+    whose chosen answer has the larger reward, and `margin`, the mean difference of the rewards.
 
     Args:
         reference_model ([`RxTForCausalLM`], *optional*): is frozen. Without it the model must be a `PeftModel`, and
@@ -236,21 +219,34 @@ class PreferenceTrainer(Trainer):
         self.reference_model = check_reference(self.model, reference_model)
         if self.reference_model is not None:
             self.reference_model = self.accelerator.prepare_model(self.reference_model, evaluation_mode=True)
-        # the loss is a mean over this batch: to be divided by the number of accumulated batches
+        # nothing but its inputs goes to the model
         self.model_accepts_loss_kwargs = False
         self._measured: list[torch.Tensor] = []
 
+    def pairs(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """1 at the rejected answers, which stand before the chosen ones, of (batch_size, turns - 1)."""
+        return ~inputs["write_mask"][:, :-1].bool() & inputs["labels"][:, :-1].ne(-100).any(-1)
+
+    def count(self, inputs):
+        return self.pairs(inputs).sum()
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels, written = inputs["labels"], inputs["write_mask"].bool()
+        labels = inputs["labels"]
         episode = {name: inputs[name] for name in ("input_ids", "attention_mask", "write_mask")}
         with reference_of(self.accelerator.unwrap_model(model), self.reference_model) as reference:
             expected = answer_log_probs(reference(**episode).logits, labels).sum(-1)
         outputs = model(**episode)
         rewards = self.args.beta * (answer_log_probs(outputs.logits, labels).sum(-1) - expected)
-        is_pair = ~written[:, :-1] & labels[:, :-1].ne(-100).any(-1)
+        is_pair = self.pairs(inputs)
         chosen, rejected = rewards[:, 1:][is_pair], rewards[:, :-1][is_pair]
-        loss = preference_loss(chosen, rejected, self.args.loss_type).sum() / is_pair.sum().clamp(min=1)
-        loss = with_router_loss(loss, outputs, self.model)
+        loss = preference_loss(chosen, rejected, self.args.loss_type).sum()
+        total = is_pair.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        if outputs.aux_loss is not None:
+            config: Any = cast("Any", self.model).config
+            weights = inputs["attention_mask"].flatten(1)
+            balance = load_balancing_losses(outputs.router_logits, config.num_experts_per_tok, weights)
+            loss = loss + config.router_aux_loss_coef * (balance * is_pair.sum(1)).sum()
+        loss = loss / total
         margins = (chosen - rejected).detach()
         if model.training and len(margins):
             self._measured.append(torch.stack([(margins > 0).float().mean(), margins.float().mean()]))

@@ -12,7 +12,13 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from ..cache_rxt import STMCache
 from ..configuration_rxt import RxTConfig
 from ..episode_rxt import by_turn, missing_turns, pad_turns
-from ..modeling_rxt import RxTCausalLMOutputWithPast, RxTForCausalLM, upcast
+from ..modeling_rxt import (
+    RxTCausalLMOutputWithPast,
+    RxTForCausalLM,
+    refuse_labels_taken_away,
+    row_shares,
+    upcast,
+)
 
 
 @auto_docstring
@@ -32,7 +38,8 @@ class RxTForPreTrainingOutput(RxTCausalLMOutputWithPast):
         aux_loss (`torch.FloatTensor`, *optional*): see [`RxTCausalLMOutputWithPast`].
         last_hidden_state (`torch.FloatTensor`, *optional*): what the head was given.
         stm_cache (`STMCache`, *optional*): of a memory loss, the memory after the last turn.
-        mlm_loss (`torch.FloatTensor`, *optional*): the memory encoder's loss on masked tokens, without its weight.
+        mlm_loss (`torch.FloatTensor`, *optional*): the memory encoder's loss on masked tokens, without its weight, a
+            mean for each row; rows count by their share of the labels.
         mlm_logits (`torch.FloatTensor` of shape `(batch_size, tokens, vocab_size)`, *optional*): its predictions.
     """
 
@@ -66,6 +73,9 @@ class RxTForPreTraining(RxTForCausalLM):
 
     Given an episode of `(batch_size, turns, tokens)`, pre-training of the memory attention: after each turn the memory
     should point where a mix of itself and of the encoded turn points, tokens interpolated to slots.
+
+    The losses beside the decoder's are means over each row, and rows count by their share of the labels, if there are
+    any: so an optimizer step has one gradient, however it is cut into batches and processes.
     """
 
     def __init__(self, config: RxTConfig):
@@ -104,14 +114,12 @@ class RxTForPreTraining(RxTForCausalLM):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        # the part of this batch in an optimizer step over several
-        share = 1.0
-        if labels is not None and num_items_in_batch is not None:
-            share = labels[..., 1:].ne(-100).sum() / num_items_in_batch
+        refuse_labels_taken_away(labels, num_items_in_batch, "the losses beside the decoder's")
         if input_ids.dim() == 3:
             missing = missing_turns(self, input_ids)
-            loss, stm_cache = self._memory_loss(pad_turns(input_ids, missing), pad_turns(attention_mask, missing))
-            return RxTForPreTrainingOutput(loss=loss * share, stm_cache=stm_cache)
+            losses, stm_cache = self._memory_losses(pad_turns(input_ids, missing), pad_turns(attention_mask, missing))
+            shares = row_shares(attention_mask.any(-1).sum(-1), labels, num_items_in_batch)
+            return RxTForPreTrainingOutput(loss=(losses * shares).sum(), stm_cache=stm_cache)
         if masked_input_ids is None:
             raise ValueError(
                 "RxTForPreTraining needs masked_input_ids beside input_ids of (batch_size, tokens), or an episode of "
@@ -140,16 +148,17 @@ class RxTForPreTraining(RxTForCausalLM):
         fields: dict[str, Any] = dict(output)
         loss = fields.pop("loss", None)
         if mlm_targets is not None:
-            targets = mlm_targets.flatten()
-            mlm_loss = F.cross_entropy(upcast(mlm_logits.flatten(0, -2)), targets, ignore_index=-100, reduction="sum")
-            mlm_loss = mlm_loss / targets.ne(-100).sum().clamp(min=1)
-            loss = (0.0 if loss is None else loss) + self.config.mlm_loss_coef * share * mlm_loss
+            losses = F.cross_entropy(upcast(mlm_logits).flatten(0, 1), mlm_targets.flatten(), reduction="none")
+            counts = mlm_targets.ne(-100).sum(-1)
+            losses = losses.view_as(mlm_targets).sum(-1) / counts.clamp(min=1)
+            mlm_loss = (losses * row_shares(counts, labels, num_items_in_batch)).sum()
+            loss = (0.0 if loss is None else loss) + self.config.mlm_loss_coef * mlm_loss
         return RxTForPreTrainingOutput(loss=loss, mlm_loss=mlm_loss, mlm_logits=mlm_logits, **fields)
 
-    def _memory_loss(self, input_ids, attention_mask):
-        """Mean over turns, layers and slots of 1 - cosine of the memory and its target, and the memory at the end."""
+    def _memory_losses(self, input_ids, attention_mask):
+        """Each row's mean over turns, layers and slots of 1 - cosine of memory and target; the memory at the end."""
         batch_size, turns, _ = input_ids.shape
-        embeds, mask = self.model.embed_tokens(input_ids).flatten(0, 1), attention_mask.flatten(0, 1)
+        embeds, mask = self.model.embed(input_ids).flatten(0, 1), attention_mask.flatten(0, 1)
         encoded_states, position_embeddings = self.model.encoded_states(embeds, mask)
         keys_values = self.model.writable(encoded_states, position_embeddings)
         # memory and encoder differ in scale: only directions are mixed
@@ -161,15 +170,15 @@ class RxTForPreTraining(RxTForCausalLM):
             dim=1,
         ).unflatten(0, (batch_size, turns))
         active = attention_mask.any(dim=-1)
-        states, loss = self.model.initial_states(batch_size), 0.0
+        states, loss = self.model.initial_states(batch_size), torch.zeros(batch_size, device=input_ids.device)
         for turn, turn_keys_values in enumerate(by_turn(keys_values, turns)):
             # the first turn is nearly all that there is to remember; later ones are less and less of it
             weight = 0.9 if turn == 0 else max(0.5 - 0.05 * turn, 0.1)
             target = torch.lerp(F.normalize(states.detach(), dim=-1), encoded_states[:, turn], weight)
             states = self.model._write(self.model._carried(states, turn), turn_keys_values, attention_mask[:, turn])
             distance = 1.0 - F.cosine_similarity(upcast(states), upcast(target), dim=-1)
-            loss = loss + (distance.mean(dim=(1, 2)) * active[:, turn]).sum()
-        return loss / active.sum().clamp(min=1), STMCache(states, turns=active.sum(-1))
+            loss = loss + distance.mean(dim=(1, 2)) * active[:, turn]
+        return loss / active.sum(-1).clamp(min=1), STMCache(states, turns=active.sum(-1))
 
 
 __all__ = ["RxTForPreTraining", "RxTForPreTrainingOutput"]

@@ -25,7 +25,7 @@ from ..data.readers import encode_turns
 from ..evaluation.recall import left_padded
 from ..evaluation.text_scores import sentence_bleu
 from .fact_dialogues import MIX
-from .preference import answer_log_probs, check_reference, reference_of, with_router_loss
+from .preference import answer_log_probs, check_reference, reference_of
 
 # (share of the run, turns of a dialogue, share of dialogues that come back to a topic after others)
 CURRICULUM = ((0.3, 8, 0.0), (0.65, 16, 0.25), (1.0, 16, 0.5))
@@ -425,7 +425,8 @@ class ReinforcementTrainer(Trainer):
             reference_log_probs=inputs.get("reference_log_probs"),
             kl_coef=self.args.kl_coef,
         )
-        loss = with_router_loss(loss, outputs, self.model)
+        if outputs.aux_loss is not None:
+            loss = loss + cast(Any, self.model).config.router_aux_loss_coef * outputs.aux_loss
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

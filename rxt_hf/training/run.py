@@ -65,7 +65,6 @@ from ..presets import PRESETS
 from .fact_dialogues import FIRST_TRAINING_SEED
 from .preference import (
     PreferenceArguments,
-    PreferenceCollator,
     PreferenceTrainer,
     add_own_mistakes,
     encode_preferences,
@@ -235,6 +234,11 @@ def check(stage: str, options: RunArguments, args: TrainingArguments) -> None:
         raise ValueError(f"override has {unknown[0]!r}, which is no field of RxTConfig.")
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("fp16 needs a GPU: use bf16 on a CPU.")
+    if args.label_smoothing_factor and (stage != "memory_aware" or args.torch_compile):
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} is for memory_aware without torch_compile: Trainer "
+            "smooths next tokens by their logits alone, and the other losses would be lost."
+        )
     said = Path(str(args.output_dir)) / RUN_NAME
     if said.is_file() and (other := read_object(said)["stage"]) != stage:
         raise ValueError(f"{args.output_dir} holds a run of the stage {other}: name another output_dir for {stage}.")
@@ -452,9 +456,7 @@ def optimizers_of(model: Any, options: RunArguments, args: TrainingArguments) ->
 
 
 def collator_of(stage: str, tokenizer: Any) -> Any:
-    if stage == PREFERENCE:
-        return PreferenceCollator(tokenizer.pad_token_id)
-    if stage == "memory_aware":
+    if stage in (PREFERENCE, "memory_aware"):
         return RxTEpisodeCollator(tokenizer.pad_token_id)
     special = [token for token, added in tokenizer.added_tokens_decoder.items() if added.special]
     return RxTPreTrainingCollator(

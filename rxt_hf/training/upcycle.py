@@ -37,7 +37,6 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedTokenizerFast,
     TorchAoConfig,
-    Trainer,
     TrainingArguments,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -48,7 +47,7 @@ from ..data.readers import Episodes, bucket_by_turns, endless_batches
 from ..evaluation.memory import DISTANCES, Memory, recalled_at, sampled, token_losses
 from ..evaluation.speed import environment
 from ..modeling_rxt import RxTForCausalLM
-from .loop import CpuBudget, parse
+from .loop import CountingTrainer, CpuBudget, StepCollator, parse
 
 RECIPE: dict[str, Any] = {
     "max_steps": 600,
@@ -126,34 +125,29 @@ class TrainingSteps(Dataset):
         return feature | {"labels": labels, "recall_labels": recall}
 
 
-@dataclass
-class StepCollator:
-    """A batch of one item, which is a list of episodes; `recall_labels` are padded as `labels` are."""
-
-    pad_token_id: int
-
-    def __call__(self, features: Sequence[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
-        (episodes,) = features
-        pad = RxTEpisodeCollator(self.pad_token_id)
-        plain = [{name: episode[name] for name in ("input_ids", "labels")} for episode in episodes]
-        recall = [{"input_ids": episode["input_ids"], "labels": episode["recall_labels"]} for episode in episodes]
-        return pad(plain) | {"recall_labels": pad(recall)["labels"]}
-
-
-class UpcycleTrainer(Trainer):
-    """Mean loss of the labelled tokens, in which recalled ones count `1 + recall_weight` times."""
+class UpcycleTrainer(CountingTrainer):
+    """Mean loss of the labelled tokens of a step, in which recalled ones count `1 + recall_weight` times."""
 
     recall_weight = 0.0
 
+    def weights(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What each label counts, in order."""
+        is_target = inputs["labels"][..., 1:] != -100
+        return 1.0 + self.recall_weight * (inputs["recall_labels"][..., 1:] != -100)[is_target]
+
+    def count(self, inputs):
+        return self.weights(inputs).sum()
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels, recall = inputs["labels"], inputs["recall_labels"]
-        base = self.accelerator.unwrap_model(model).get_base_model()
-        # the model's own forward, which has its autocast, is not what is called here
-        with self.accelerator.autocast():
-            losses = token_losses(base, inputs)
-        is_recalled = (recall[..., 1:] != -100)[labels[..., 1:] != -100]
-        weights = 1.0 + self.recall_weight * is_recalled
-        return (losses * weights).sum() / weights.sum()
+        labels, weights = inputs["labels"], self.weights(inputs)
+        is_read = (labels[..., 1:] != -100).any(-1)
+        episodes = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        outputs = model(**episodes, read_mask=is_read)
+        targets = labels[is_read][:, 1:]
+        is_target = targets != -100
+        losses = F.cross_entropy(outputs.logits[:, :-1][is_target].float(), targets[is_target], reduction="none")
+        loss = (losses * weights).sum() / (weights.sum() if num_items_in_batch is None else num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
 
 def recall_batches(
@@ -341,8 +335,7 @@ def optimizer_of(model: torch.nn.Module, options: UpcycleArguments, args: Traini
 def main(argv: list[str] | None = None) -> None:
     from peft import PeftModel, get_peft_model
 
-    # what computes the loss is not the model's forward, where DDP would reduce its gradients
-    options, args = parse(UpcycleArguments, RECIPE, argv, one_process=True)
+    options, args = parse(UpcycleArguments, RECIPE, argv)
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer: Any = AutoTokenizer.from_pretrained(options.model)

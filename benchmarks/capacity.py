@@ -22,7 +22,8 @@ from math import log2
 from pathlib import Path
 from typing import Any
 
-from rxt_hf.evaluation.speed import markdown_table
+from tables import capacity_table
+
 from rxt_hf.training import memory_tasks
 
 SYMBOLS = 64
@@ -40,19 +41,6 @@ def kept_bits(share: float, pairs: int, values: int = SYMBOLS) -> float:
 
 def capacity(result: Mapping[str, Any]) -> float:
     return max(kept_bits(row["exact"], row["size"]) for row in result["exact"])
-
-
-def table(report: Mapping[str, Any]) -> str:
-    head = ["slots", "width", "values in both layers", *(f"{size} pairs" for size in TEST_SIZES)]
-    rows = [
-        [
-            *(f"{row[name]}" for name in ("num_memory_slots", "hidden_size", "memory_values")),
-            *(f"{found['exact']:.3f}" for found in row["exact"]),
-            *(f"{row['bits']:.0f}", f"{row['bits'] / row['memory_values']:.3f}", f"{row['cpu_seconds']:.0f}"),
-        ]
-        for row in report["models"]
-    ]
-    return markdown_table([*head, "bits", "bits per value", "CPU s"], *rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         models.append(shape | found | {key: result[key] for key in ("parameters", "cpu_seconds", "exact")})
         report = settings | {"size": SIZE, "symbols": SYMBOLS, "models": models}
         args.output.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(report))
+    print(capacity_table(report))
 
 
 if __name__ == "__main__":

@@ -16,31 +16,18 @@ import argparse
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from math import exp, log
 from pathlib import Path
 from typing import Any
 
 import torch
+from tables import both_sources, dialogues_by_turn, dialogues_table
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rxt_hf import RxTForCausalLM
 from rxt_hf.data.readers import read_episodes
 from rxt_hf.evaluation.histories import evaluate_history
 from rxt_hf.evaluation.memory import Dialogues, probes, sampled, teacher_forced
-from rxt_hf.evaluation.speed import environment, markdown_table
-
-TITLES = {
-    "rxt": "RxT, fixed-size memory",
-    "rxt, shuffled": "the same, another dialogue's memory",
-    "rxt, cleared": "the same, memory cleared",
-    "current_turn": "Llama, current turn only",
-    "sliding_window": "Mistral, sliding window",
-    "mamba": "Mamba-2, state carried on",
-    "full_history": "Llama, full history, equal data",
-    "full_history:equal_compute": "Llama, full history, equal CPU",
-}
-# first turns of the groups that are shown
-TURNS = (1, 2, 3, 5, 9, 13)
+from rxt_hf.evaluation.speed import environment
 
 
 def floors(folder: str, dialogues: Dialogues) -> dict[str, float]:
@@ -56,11 +43,6 @@ def floors(folder: str, dialogues: Dialogues) -> dict[str, float]:
     if not far:
         raise ValueError(f"The test dialogues of {folder} have no probe about a value said 3 or more turns before.")
     return {"all": sum(right) / len(right), "3+": sum(far) / len(far)}
-
-
-def far_probes(found: Mapping[str, Any]) -> float:
-    rows = [row for bucket, row in found["exact_by_distance"].items() if bucket not in ("1", "2")]
-    return sum(share * number for share, number in rows) / sum(number for _, number in rows)
 
 
 @torch.no_grad()
@@ -94,53 +76,6 @@ def measure(folders: list[str], arm: str, sources: Mapping[str, Sequence[Any]], 
     return result
 
 
-def table(report: Mapping[str, Any], source: str) -> str:
-    head = [
-        source,
-        "answer perplexity",
-        "nats per recalled token",
-        "at distance 3-4",
-        "5-8",
-        "9+",
-        "probes, distance 3+",
-        "training steps",
-        "CPU s",
-    ]
-    rows = []
-    for key, title in TITLES.items():
-        arm, _, memory = key.partition(", ")
-        if arm not in report["arms"]:
-            continue
-        entry = report["arms"][arm]
-        found = entry["sources"][source][memory or "own"]
-        losses = found["recall_loss"]
-        cells = [f"{found['answer_perplexity']['all'][0]:.2f}"]
-        cells += [f"{losses[name][0]:.2f}" if name in losses else "" for name in ("all", "3-4", "5-8", "9-1000")]
-        cells.append(f"{far_probes(found['probes']):.3f}")
-        is_trained = not memory
-        cells += [str(entry["training_steps"]), f"{entry['training_cpu_seconds']:.0f}"] if is_trained else ["", ""]
-        rows.append([title, *cells])
-    rows.append(["a slot's most frequent value", "", "", "", "", "", f"{report['floors'][source]['3+']:.3f}", "", ""])
-    return markdown_table(head, *rows)
-
-
-def by_turn(report: Mapping[str, Any], source: str) -> str:
-    """Answer perplexity by the number of the turn."""
-    rows = []
-    for arm in (arm for arm in TITLES if arm in report["arms"]):
-        found = report["arms"][arm]["sources"][source]["own"]["answer_perplexity"]
-        cells = []
-        for low, high in zip(TURNS, [*TURNS[1:], 1000], strict=True):
-            group = [found[turn] for turn in found if turn != "all" and low <= int(turn) < high]
-            tokens = sum(number for _, number in group)
-            mean = sum(log(perplexity) * number for perplexity, number in group) / max(1, tokens)
-            cells.append(f"{exp(mean):.2f}" if group else "")
-        rows.append([TITLES[arm], *cells])
-    last = [high - 1 for high in TURNS[1:]]
-    names = [str(low) if low == high else f"{low}-{high}" for low, high in zip(TURNS, last, strict=False)]
-    return markdown_table([f"{source}; turn", *names, f"{TURNS[-1]}+"], *rows)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", nargs="+", required=True, help="folders with the splits train and test")
@@ -162,7 +97,8 @@ def main(argv: list[str] | None = None) -> None:
         if arm not in report["arms"]:
             report["arms"][arm] = measure(folders, arm, sources, options.tokens)
             path.write_text(json.dumps(report, indent=1) + "\n")
-    print("\n\n".join(show(report, source) for show in (table, by_turn) for source in sources))
+    for render in (dialogues_table, dialogues_by_turn):
+        print(both_sources(render, report), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 import torch
+from tables import demo_baselines, recall_by_turns
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import rxt_hf
@@ -86,54 +87,6 @@ def ranks(model, tokenizer, num_turns: int = 64, rows: int = 16) -> dict:
     return found
 
 
-def table(report: dict) -> str:
-    """The report in Markdown, as the README and the model card show it."""
-    lengths = (4, 8, 16, 32, 64)
-
-    def line(title: str, rows: list[dict], figure: str = "recall") -> str:
-        found = {row["turns"]: row[figure] for row in rows}
-        cells = [f"{found[turns]:.3f}" if found.get(turns) is not None else "" for turns in lengths]
-        return f"| {title} | " + " | ".join(cells) + " |"
-
-    def split(arm: str, name: str) -> list[dict]:
-        return [row for row in report[arm]["recall"] if row["split"] == name]
-
-    lines = [
-        "| turns of the dialogue | " + " | ".join(map(str, lengths)) + " |",
-        "|---|" + "---|" * len(lengths),
-        line("facts of trained pairs", split("rxt", "seen")),
-        line("pairs of attribute and value never trained together", split("rxt", "unseen")),
-        line("names never seen in training", split("rxt", "open")),
-        line("jobs, towns, food ... never seen in training", split("rxt", "new")),
-        line("trained pairs, in phrases never seen in training", split("casual", "seen")),
-        line("stale answers about overwritten facts", split("rxt", "seen"), "stale"),
-        line('"You have not told me that yet." where it is due', split("rxt", "seen"), "abstention"),
-        line("with another dialogue's memory", split("other_memory", "seen")),
-        line("with the memory cleared", split("cleared_memory", "seen")),
-    ]
-    return "\n".join(lines)
-
-
-def arms_table(report: dict) -> str:
-    """Recall of trained pairs and answer perplexity of the three arms, in Markdown."""
-    lengths = (8, 16, 32, 64)
-    titles = {
-        "first_run": "RxT, fixed-size memory",
-        "full_history": "Llama, re-reads the whole history",
-        "current_turn": "Llama, current turn only",
-    }
-    lines = [
-        "| recall / perplexity by turns | " + " | ".join(map(str, lengths)) + " | training, CPU s |",
-        "|---|" + "---|" * (len(lengths) + 1),
-    ]
-    for arm, title in titles.items():
-        recalls = {row["turns"]: row["recall"] for row in report[arm]["recall"] if row["split"] == "seen"}
-        perplexity = {int(turns): value for turns, value in report[arm]["answer_perplexity"].items()}
-        cells = [f"{recalls[turns]:.3f} / {perplexity[turns]:.3f}" for turns in lengths]
-        lines.append(f"| {title} | " + " | ".join(cells) + f" | {report[arm]['training_cpu_seconds']:.0f} |")
-    return "\n".join(lines)
-
-
 def measure_rxt(folder: str, share: float) -> dict:
     """The model with a memory, and the same with another dialogue's memory and with none."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
@@ -175,9 +128,9 @@ def main() -> None:
         if folder is not None:
             report[arm] |= training(folder)
     path.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(report))
+    print(recall_by_turns(report))
     if report.keys() >= set(ARMS):
-        print(arms_table(report))
+        print(demo_baselines(report))
 
 
 if __name__ == "__main__":

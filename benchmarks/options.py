@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from tables import options_table
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -27,7 +28,7 @@ from rxt_hf.chat_template import train_tokenizer
 from rxt_hf.data.collator import RxTEpisodeCollator, RxTPreTrainingCollator
 from rxt_hf.data.facts import corpus_texts, generate_dialogue
 from rxt_hf.evaluation.recall import FIRST_TEST_SEED, effective_rank, recall
-from rxt_hf.evaluation.speed import environment, markdown_table
+from rxt_hf.evaluation.speed import environment
 from rxt_hf.training.fact_dialogues import MIX as FACT_MIX
 from rxt_hf.training.fact_dialogues import encode_dialogue
 from rxt_hf.training.loop import MuonAdamW, learning_rate_factor
@@ -67,7 +68,6 @@ CURRICULUM = ((0.06, 2), (0.2, 4), (0.75, 8), (1.0, 16))
 TURNS_PER_STEP = 64
 MIX: dict[str, Any] = FACT_MIX | {"p_overwrite": 0.14, "p_ask": 0.45, "p_open": 0.0, "p_two": 0.0}
 CASES = {"seen": {8: 60, 16: 40, 32: 20}, "unseen": {8: 60}}
-FIGURES = ("8 turns", "16 turns", "32 turns", "unseen pairs", "stale at 16", "rank after 8", "CPU s")
 
 
 class Steps(Dataset):
@@ -196,21 +196,6 @@ def measure(model: Any, tokenizer: Any) -> dict[str, float | None]:
     return figures
 
 
-def table(report: dict[str, Any]) -> str:
-    """Means over seeds, with the smallest and the largest if there are several."""
-    rows = []
-    for name, runs in report["options"].items():
-        cells = []
-        for figure in FIGURES:
-            values = [run[figure] for run in runs.values() if run[figure] is not None]
-            digits = 0 if figure == "CPU s" else 1 if figure.startswith("rank") else 2
-            cells.append(f"{mean(values):.{digits}f}" if values else "")
-            if len(values) > 1:
-                cells[-1] += f" ({min(values):.{digits}f}-{max(values):.{digits}f})"
-        rows.append([name, *cells])
-    return markdown_table(["option", *FIGURES], *rows)
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--options", nargs="+", choices=list(OPTIONS), default=list(OPTIONS), metavar="NAME")
@@ -236,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
             runs[str(seed)] = measure(model, tokenizer) | facts
             print(f"seed {seed}  {name:40} {runs[str(seed)]}", flush=True)
             path.write_text(json.dumps(report, indent=1) + "\n")
-    print(table(report))
+    print(options_table(report))
 
 
 if __name__ == "__main__":

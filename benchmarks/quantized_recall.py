@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 from fact_recall import DIALOGUES
+from tables import fewer_bits
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, TorchAoConfig
 
 import rxt_hf
@@ -97,20 +98,6 @@ def measure(name: str, folder: str, tokenizer, share: float) -> dict:
     return file_bytes(model, dtype) | {"recall": rows}
 
 
-def table(report: dict) -> str:
-    lines = [
-        "| in fewer bits | weights, bytes | memory, bytes | "
-        + " | ".join(f"recall, {n} turns" for n in LENGTHS)
-        + " |",
-        "|---|" + "---|" * (2 + len(LENGTHS)),
-    ]
-    for name, arm in report["arms"].items():
-        cells = [f"{row['recall']:.3f} ± {row['recall_ci95']:.3f}" for row in arm["recall"]]
-        sizes = f"{arm['weight_bytes']:,} | {arm['memory_file_bytes']:,}"
-        lines.append(f"| {name} | {sizes} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(rxt_hf.DEMO))
@@ -131,7 +118,7 @@ def main() -> None:
         },
     }
     Path(options.output).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    print(table(report))
+    print(fewer_bits(report))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,16 @@
 import contextlib
 import functools
 import hashlib
+import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,3 +121,40 @@ def redis_server():
             yield f"redis://127.0.0.1:{port}/0"
         finally:
             process.kill()
+
+
+class Servers:
+    """Servers in processes of their own, which may be killed."""
+
+    def __init__(self):
+        command = [sys.executable, "-m", "tests.serving_process"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "stderr": subprocess.DEVNULL}
+        root = Path(__file__).parent.parent
+        path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(command, cwd=root, env=environment, **pipes)
+        self.pids = []
+
+    def __enter__(self):
+        assert self._process.stdout.readline().strip() == "ready"
+        return self
+
+    def start(self, store, **options):
+        """Address and process id of one more."""
+        port = free_port()
+        self._process.stdin.write(json.dumps({"store": str(store), "port": port, **options}) + "\n")
+        self._process.stdin.flush()
+        self.pids.append(int(self._process.stdout.readline()))
+        end = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                return f"http://127.0.0.1:{port}", self.pids[-1]
+            assert time.monotonic() < end, "the server does not start"
+            time.sleep(0.02)
+
+    def __exit__(self, *_):
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.wait()

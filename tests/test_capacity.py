@@ -49,7 +49,7 @@ def test_a_model_of_each_shape_is_trained_once_and_shown(capacity, tmp_path, cap
     # two layers of slots of 16 values
     assert [row["memory_values"] for row in report["models"]] == [32, 96]
     assert all(" ".join(options) in row["options"] for row in report["models"])
-    assert capacity.table(report) in capsys.readouterr().out
+    assert capacity.capacity_table(report) in capsys.readouterr().out
     monkeypatch.setattr(capacity.memory_tasks, "main", lambda argv: pytest.fail("trained again"))
     capacity.main([*words, *options])
     assert json.loads((tmp_path / "out.json").read_text()) == report

@@ -32,7 +32,7 @@ BELOW: dict[str, set[str]] = {
     # rewards are measures, an upcycled model is converted first, and a run writes its model's card
     "training": {"convert", "evaluation", "hub"},
     "evaluation": {"data", "presets", "session"},
-    "serving": {"session"},
+    "serving": {"data", "session"},
 }
 BELOW["__init__"] = set(BELOW)
 BELOW["cli"] = {"__init__"}

@@ -1,8 +1,7 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a newcomer installs: the metadata, the wheel, the cost of the import, and the README's commands."""
+"""What a newcomer installs: the metadata, the wheel, and the cost of the import."""
 
 import os
-import re
 import shutil
 import statistics
 import subprocess
@@ -18,7 +17,6 @@ import rxt_hf
 
 ROOT = Path(__file__).parent.parent
 NOT_AT_IMPORT = ("flash_attn", "peft", "datasets", "kernels")
-PYTHON_FENCE, SHELL_FENCE = "```python", re.compile(r"```(?:bash|sh|shell)\n(.*?)```", re.DOTALL)
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
@@ -28,10 +26,6 @@ def run_python(code: str) -> subprocess.CompletedProcess:
 def cpu_seconds(statement: str) -> float:
     """CPU time of a fresh process, which other load on the machine changes less than the clock."""
     return float(run_python(f"{statement}\nimport time; print(time.process_time())").stdout)
-
-
-def readme() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -114,33 +108,9 @@ def test_import_costs_less_than_1_3_times_the_import_of_a_model_of_transformers(
     assert statistics.median(ours) < 1.3 * statistics.median(theirs)
 
 
-def test_readme_shows_python_within_its_first_twenty_lines():
-    assert PYTHON_FENCE in readme().splitlines()[:20]
-
-
-def test_first_commands_of_the_readme_run_in_ci():
-    first_fence = SHELL_FENCE.search(readme()).group(1)
-    lines = [line.split("  #")[0].strip() for line in first_fence.splitlines()]
-    # the environment is made there in another way
-    commands = [line for line in lines if line and not line.startswith(("#", "git ", "cd ", "python -m venv", "pip "))]
-    assert commands
-    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-    assert [line for line in commands if line not in ci] == []
-
-
-def test_test_command_of_the_readme_runs_in_ci():
-    (command,) = set(re.findall(r"python -m pytest[^`#\n]*", readme()))
-    assert command.strip() in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
-
-
 @pytest.mark.parametrize(
     "name", ["RxTSession", "convert.from_llm", "convert.from_rxlm", "hub.export", "presets.PRESETS", "DEMO"]
 )
 def test_names_that_the_readme_uses_need_no_import_but_that_of_the_package(name):
     code = f"import rxt_hf; assert rxt_hf.{name}"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
-
-
-def test_readme_names_the_oldest_version_of_transformers_that_the_package_takes():
-    (oldest,) = re.findall(r'"transformers>=([\d.]+),', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert f"\ntransformers {oldest} or later;" in readme()

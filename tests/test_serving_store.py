@@ -116,12 +116,14 @@ def test_usage_counts_records_and_bytes_by_tenant_through_every_change(store):
 def test_a_lease_has_one_owner_until_it_is_released_or_ends(store):
     assert store.lease("ann", "key", "one", 60)
     assert not store.lease("ann", "key", "two", 60)
-    assert store.lease("bob", "key", "two", 60)
+    assert store.lease("bob", "key", "two", 60) and store.lease("ann", "key", "one", 60)
     store.release("ann", "key", "two")
     assert not store.lease("ann", "key", "two", 60)
     store.release("ann", "key", "one")
-    assert store.lease("ann", "key", "two", 0.05)
+    assert store.lease("ann", "key", "two", 0.05) and store.lease("ann", "key", "two", 0.2)
     time.sleep(0.1)
+    assert not store.lease("ann", "key", "three", 60)
+    time.sleep(0.15)
     assert store.lease("ann", "key", "three", 60)
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rxt_hf
 from rxt_hf.cli import main
 from rxt_hf.data.readers import Episodes, read_episodes
+from rxt_hf.serving.guard import read_tokens
 from rxt_hf.training import run as training
 
 GOOD = {"query": "My dog is called Rex.", "answer": "Thanks for telling me."}
@@ -342,6 +343,18 @@ def test_texts_for_pretraining_are_checked_as_dialogues_are(tmp_path):
     plain.write_bytes(b"One.\n\ncaf\xe9\n")
     with pytest.raises(ValueError, match=f"{plain}, line 3: this is not UTF-8"):
         list(training.texts_of(str(plain), "train", options))
+
+
+def test_tokens_of_a_server_are_read_with_a_byte_order_mark(tmp_path):
+    path, line = tmp_path / "tokens", "a-token-of-some-length alice\n"
+    read = []
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_text(line, encoding=encoding)
+        read.append(read_tokens(path))
+    assert read[0] == read[1] and list(read[0].values()) == ["alice"]
+    path.write_text(line, encoding="utf-16")
+    with pytest.raises(ValueError, match=f"{path} is UTF-16"):
+        read_tokens(path)
 
 
 @pytest.mark.parametrize(

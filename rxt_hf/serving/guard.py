@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..data.files import read_text
+
 # shown to everybody: they say nothing of anybody
 OPEN_PATHS = ("/", "/page.js", "/health", "/ready", "/openapi.json")
 BODY_TIMEOUT_S = 30.0
@@ -23,7 +25,7 @@ def read_tokens(path: str | Path) -> dict[bytes, str]:
     Raises: `ValueError` for a line that is anything else.
     """
     tokens = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue

@@ -39,6 +39,7 @@ class Settings:
         timeout_s (`float`): longest time of a request.
         ttl_s (`float`): how long responses and the memories of Chat Completions are kept; conversations stay.
         sweep_s (`float`): seconds between two sweeps of the store.
+        lease_s (`float`): how long a conversation stays locked after its server was killed within a turn.
     """
 
     name: str = "rxt"
@@ -54,6 +55,7 @@ class Settings:
     timeout_s: float = 600.0
     ttl_s: float = 30 * DAY_S
     sweep_s: float = 60.0
+    lease_s: float = 15.0
 
 
 @dataclass
@@ -321,12 +323,20 @@ class Service:
         if conversation is None:
             yield
             return
-        owner = secrets.token_hex(8)
-        if not await self.call(self.store.lease, tenant, conversation, owner, self.settings.timeout_s + 30):
+        owner, seconds = secrets.token_hex(8), self.settings.lease_s
+        if not await self.call(self.store.lease, tenant, conversation, owner, seconds):
             raise locked(conversation)
+
+        async def renew() -> None:
+            while True:
+                await asyncio.sleep(seconds / 3)
+                await self.call(self.store.lease, tenant, conversation, owner, seconds)
+
+        renewal = asyncio.ensure_future(renew())
         try:
             yield
         finally:
+            renewal.cancel()
             await self.call(self.store.release, tenant, conversation, owner)
 
     async def check_room(self, tenant: str) -> None:

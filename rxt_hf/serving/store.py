@@ -55,7 +55,9 @@ class StateStore(Protocol):
         ...
 
     def lease(self, tenant: str, key: str, owner: str, seconds: float) -> bool:
-        """Whether `owner` now has the key to itself, for at most so long, among those that ask by `lease`."""
+        """
+        Whether `owner` now has the key to itself for so long, among those that ask by `lease`; asking again renews.
+        """
         ...
 
     def release(self, tenant: str, key: str, owner: str) -> None:
@@ -164,7 +166,8 @@ class SQLiteStore:
         now = time.time()
         with self._transaction() as run:
             run("delete from leases where expires <= ?", (now,))
-            taken = "insert into leases values (?, ?, ?, ?) on conflict do nothing"
+            taken = """insert into leases values (?, ?, ?, ?) on conflict do update
+                set expires = excluded.expires where owner = excluded.owner"""
             return run(taken, (tenant, key, owner, now + seconds)).rowcount == 1
 
     def release(self, tenant: str, key: str, owner: str) -> None:
@@ -253,6 +256,12 @@ for i, key in ipairs(KEYS) do
 end
 return removed
 """
+REDIS_LEASE = """
+local owner = redis.call('GET', KEYS[1])
+if owner and owner ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
 REDIS_RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end"
 
 
@@ -276,6 +285,7 @@ class RedisStore:
         self._redis.ping()
         self._put = self._redis.register_script(REDIS_PUT)
         self._remover = self._redis.register_script(REDIS_REMOVE)
+        self._lease = self._redis.register_script(REDIS_LEASE)
         self._release = self._redis.register_script(REDIS_RELEASE)
 
     @staticmethod
@@ -315,7 +325,7 @@ class RedisStore:
         )
 
     def lease(self, tenant: str, key: str, owner: str, seconds: float) -> bool:
-        return bool(self._redis.set(f"rxt:lease:{tenant}:{key}", owner, nx=True, px=int(seconds * 1000)))
+        return bool(self._lease(keys=[f"rxt:lease:{tenant}:{key}"], args=[owner, int(seconds * 1000)]))
 
     def release(self, tenant: str, key: str, owner: str) -> None:
         self._release(keys=[f"rxt:lease:{tenant}:{key}"], args=[owner])

@@ -67,6 +67,20 @@ class STMCache:
     Raises:
         `ValueError`: if `states` or `turns` has another shape or kind of number.
         `TypeError`: if `states` is no tensor or `fingerprint` is no string.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from rxt_hf import STMCache
+
+    >>> memory = STMCache(torch.zeros(2, 4, 32, 64), turns=[3, 5])
+    >>> memory.select([1]).turns
+    tensor([5])
+    >>> STMCache.cat([memory, memory]).batch_size
+    4
+
+    ```
     """
 
     def __init__(

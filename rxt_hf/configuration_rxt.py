@@ -100,6 +100,7 @@ class RxTConfig(PreTrainedConfig):
     >>> model = RxTForCausalLM(RxTConfig(hidden_size=128, num_hidden_layers=2, num_memory_slots=32))
     >>> model.init_stm(batch_size=1).states.shape
     torch.Size([1, 2, 32, 128])
+
     ```"""
 
     model_type = "rxt"

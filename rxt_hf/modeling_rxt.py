@@ -1634,6 +1634,7 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTCausalEpisodeMix
         >>> out = model.generate(**inputs, max_new_tokens=32, return_dict_in_generate=True)
         >>> out.stm_cache.turns
         tensor([1])
+
         ```"""
         refuse_unknown_memory(self, kwargs)
         if (input_ids is None) ^ (inputs_embeds is not None):

@@ -70,12 +70,19 @@ class RxTSession:
     Example:
 
     ```python
-    >>> session = RxTSession(model, tokenizer)
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+    >>> import rxt_hf
+
+    >>> model, tokenizer = (auto.from_pretrained(rxt_hf.DEMO) for auto in (AutoModelForCausalLM, AutoTokenizer))
+    >>> session = rxt_hf.RxTSession(model, tokenizer)
     >>> session.send("My dog is called Rex.")
-    'Got it, your dog is called Rex.'
+    "Okay, your dog's name is Rex."
     >>> other = session.fork()
-    >>> other.send("What is my dog called?")
-    'Your dog is called Rex.'
+    >>> other.send("My dog is called Mochi now.")
+    "Thanks, now your dog's name is Mochi."
+    >>> session.send("What is my dog called?")
+    "Your dog's name is Rex."
+
     ```"""
 
     def __init__(

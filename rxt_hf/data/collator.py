@@ -27,8 +27,8 @@ class RxTEpisodeCollator:
             with -100, all others with 0.
         max_turns (`int`, *optional*): longer episodes are cut to their first `max_turns` turns.
         pad_to_multiple_of (`int`, *optional*): rounds the number of tokens up.
-        pad_to_turns (`int`, *optional*): pads every episode to so many turns.
-        pad_to_tokens (`int`, *optional*): pads every turn to so many tokens.
+        pad_to_turns (`int`, *optional*): number of turns that every episode is padded to.
+        pad_to_tokens (`int`, *optional*): number of tokens that every turn is padded to.
 
     Returns:
         `dict[str, torch.Tensor]`: the features' keys, and `attention_mask` (0 on padding, so all 0 in a padded turn).
@@ -37,6 +37,22 @@ class RxTEpisodeCollator:
         `ValueError` for an empty batch, episode or turn, for keys of another shape than `input_ids`, for a batch that
         mixes episodes with single interactions, for features with other keys than the first, and for episodes and
         turns longer than `pad_to_turns` and `pad_to_tokens`.
+
+    Example:
+
+    ```python
+    >>> from rxt_hf import RxTEpisodeCollator
+
+    >>> short = {"input_ids": [[5, 6, 7]], "labels": [[-100, 6, 7]]}
+    >>> longer = {"input_ids": [[5, 8], [5, 9]], "labels": [[-100, 8], [-100, 9]]}
+    >>> RxTEpisodeCollator(pad_token_id=0)([short, longer])["input_ids"]
+    tensor([[[5, 6, 7],
+             [0, 0, 0]],
+    <BLANKLINE>
+            [[5, 8, 0],
+             [5, 9, 0]]])
+
+    ```
     """
 
     pad_token_id: Any

@@ -105,6 +105,17 @@ def read_episodes(source: Any, split: str | None = None, *, skip_bad_rows: bool 
     Raises:
         `FileNotFoundError` if the file or the split is not there, `ValueError` for a row that is none of these, with
         file, line and field, and for a file that is empty.
+
+    Example:
+
+    ```python
+    >>> from rxt_hf import read_episodes
+
+    >>> said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}]
+    >>> next(read_episodes([{"messages": said}]))
+    {'interactions': [{'query': 'Hello', 'answer': 'Hi!'}]}
+
+    ```
     """
     for place, found in converted_rows(source, to_episode, split, skip_bad_rows=skip_bad_rows):
         episode = Episode(found)

@@ -71,6 +71,8 @@ class RxTConfig(PreTrainedConfig):
         memory_encoder_intermediate_size (`int`, *optional*): defaults to `intermediate_size`.
         cross_attention_zero_init (`bool`): the memory cross-attention's output starts at zero, so that a model which
             has just been given a memory computes what it did without.
+        cross_attention_head_gate (`bool`): a gate `tanh(g)` for each head of the memory cross-attention, closed at
+        first.
         memory_attention_type (`str`): what the memory attends to before it is written: `"simple"` (nothing), `"self"`
             (its own layer), `"interlayer"` (the mean of all layers) or `"self_interlayer"` (a gated mix of the two).
         memory_gate_type (`str`): `"static"`, `"elementwise"` or `"linear"`, see `RxTResidualGate`.
@@ -204,6 +206,7 @@ class RxTConfig(PreTrainedConfig):
     cross_attention_num_attention_heads: int | None = None
     cross_attention_num_key_value_heads: int | None = None
     cross_attention_zero_init: bool = False
+    cross_attention_head_gate: bool = False
     memory_attention_type: Literal["simple", "self", "interlayer", "self_interlayer"] = "interlayer"
     memory_attention_num_attention_heads: int | None = None
     memory_attention_num_key_value_heads: int | None = None

@@ -270,6 +270,7 @@ class RxTAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.o_proj = output_class(query_size, config.hidden_size, bias=config.attention_output_bias)
         self.gate_proj = nn.Linear(config.hidden_size, query_size, bias=False) if gated else None
+        self.head_gate = None
         self.q_norm = RxTRMSNorm(self.head_dim, config.rms_norm_eps) if use_qk_norm else None
         self.k_norm = RxTRMSNorm(self.head_dim, config.rms_norm_eps) if use_qk_norm else None
 
@@ -304,6 +305,8 @@ class RxTAttention(nn.Module):
         output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         if self.gate_proj is not None:
             output = output * torch.sigmoid(self.gate_proj(hidden_states))
+        if self.head_gate is not None:
+            output = output * torch.tanh(self.head_gate).repeat_interleave(self.head_dim)
         return self.o_proj(output), weights
 
     def forward(self, hidden_states, key_value_states=None, attention_mask=None, position_embeddings=None):
@@ -351,6 +354,9 @@ class RxTMemoryCrossAttention(RxTAttention):
             gated=config.use_gated_cross_attention,
             zero_init=config.cross_attention_zero_init,
         )
+        # CODEPATH: language models that are converted to read by cross-attention have gates, RxT presets do not
+        if config.cross_attention_head_gate:
+            self.head_gate = nn.Parameter(torch.empty(config.cross_attention_num_attention_heads))
 
     def attention_interface(self, queries, attention_mask) -> Callable:
         interface = super().attention_interface(queries, attention_mask)
@@ -901,6 +907,8 @@ class RxTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RxTRotaryEmbedding):
             for name, frequencies in module.initial_frequencies().items():
                 init.copy_(getattr(module, name), frequencies)
+        elif isinstance(module, RxTMemoryCrossAttention) and module.head_gate is not None:
+            init.zeros_(module.head_gate)
         elif isinstance(module, RxTMemorySelection):
             init.normal_(module.weight, mean=0.0, std=std)
             init.constant_(module.age_penalty, 0.01)

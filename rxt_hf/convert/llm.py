@@ -25,6 +25,7 @@ from transformers.utils import find_adapter_config_file, logging
 from ..chat_template import CONTROL_TOKENS, add_control_tokens
 from ..configuration_rxt import RxTConfig
 from ..modeling_rxt import RxTForCausalLM
+from .salience import start_salience
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -99,6 +100,14 @@ _TENSORS: dict[str, tuple[str, ...]] = {
     for module in _LAYER_MODULES
     for kind in ("weight", "bias")
 }
+# modules that the memory cross-attention has a copy of
+_CROSS_ATTENTION = {
+    "self_attn.q_proj": ("memory_cross_attn.q_proj",),
+    "self_attn.k_proj": ("memory_cross_attn.k_proj",),
+    "self_attn.v_proj": ("memory_cross_attn.v_proj",),
+    "self_attn.o_proj": ("memory_cross_attn.o_proj",),
+    "input_layernorm": ("memory_cross_attn_layernorm", "memory_layernorm"),
+}
 # What `generate` does not look at without sampling, and with one beam; a configuration that sets them is not written.
 _SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _BEAM_FIELDS = ("early_stopping", "length_penalty")
@@ -113,6 +122,12 @@ _FRESH = re.compile(
 # The outermost modules that exist for the memory's sake.
 _MEMORY_MODULES = re.compile(r"model\.(layers\.\d+\.)?memory_\w+")
 _BASE_PROJECTIONS = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
+# How a pretrained model reads, encodes and writes unless something else is asked for: with what it can already do.
+_MEMORY_FIELDS = {
+    "memory_reading": "joint",
+    "memory_encoding": "decoder",
+    "memory_writing": "selection",
+}
 # What the source leaves open. The encoder's sizes are those of the layers that it is copied from.
 _OVERRIDES = re.compile(r"memory_(?!encoder_)|cross_attention_|interlayer_attention_|use_gated_cross_attention$")
 
@@ -128,19 +143,26 @@ def from_llm(
     r"""
     Gives a pretrained Llama, Mistral, Qwen2, Qwen3 or SmolLM3 a memory.
 
-    Every decoder tensor is copied, and the memory cross-attention adds exactly zero until it is trained: the logits
-    are bit-identical to the source's under any memory, in float32 and below. (A source that was cast after loading has
-    rounded the frequencies of its rotation; here they stay float32, as in a model loaded in that dtype.) The memory
-    encoder starts as a bidirectional copy of the decoder layers in `memory_layers`, without sliding windows and with
-    rotation in every layer. The memory attention is fresh, the initial memory normal with the standard deviation of
-    the embeddings, and the same in each conversion. Dtype, device and attention implementation are the source's; the
-    source is not changed.
+    Every decoder tensor is copied. A memory slot is a copy of what a token gave to the layers of the model, each layer
+    reads its slots by its own self-attention, together with the turn's own tokens, and a write keeps the most salient
+    tokens. So nothing is fresh but one salience, and the model recalls on the day it is converted; what it keeps then
+    is rare tokens ([`fit_salience`] learns better in seconds), and training makes it answer from them.
+
+    As long as the memory is empty the logits are bit-identical to the source's, in float32 and below. (A source that
+    was cast after loading has rounded the frequencies of its rotation; here they stay float32, as in a model loaded in
+    that dtype.) Dtype, device and attention implementation are the source's; the source is not changed.
+
+    The paper's parts are had by name. `memory_reading="cross_attention"`: q, k, v and o are copied from the
+    self-attention, behind a gate for each head that starts closed, so that logits are the source's under any memory.
+    `memory_encoding="encoder"`: a bidirectional copy of the decoder layers in `memory_layers`, without sliding windows
+    and with rotation in every layer. `memory_writing="attention"`: a fresh memory attention, and an initial memory
+    that is normal with the standard deviation of the embeddings, the same in each conversion.
 
     Args:
         source (`PreTrainedModel`, `str` or `os.PathLike`): the model, or the name or folder to load it from.
         num_memory_slots (`int`): slots of each memory layer.
-        memory_layers (`list[int]`, *optional*): decoder layers that read the memory; default all. For a deep model
-            every third one, say, is a third of the memory's parameters.
+        memory_layers (`list[int]`, *optional*): decoder layers that read the memory; default all. Of the fewer that
+            save time and bytes, the last ones in a row are worth most.
         tokenizer (`PreTrainedTokenizerFast`, *optional*): what [`convert_tokenizer`] returned. The vocabulary grows
             to it; rows of its new tokens start as the mean of the others; ids of padding, begin and end are its own.
         config_overrides: fields of [`RxTConfig`] about the memory, such as `memory_attention_type`.
@@ -167,19 +189,21 @@ def from_llm(
         "num_memory_slots": num_memory_slots,
         "memory_layers": memory_layers,
         "memory_init_std": source.get_parameter("model.embed_tokens.weight").float().std().item(),
-        "cross_attention_zero_init": True,
     }
+    fields |= _memory_fields(config_overrides)
     if tokenizer is not None:
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             fields[name] = getattr(tokenizer, name)
             setattr(generation_config, name, fields[name])
     model = RxTForCausalLM._from_config(
-        RxTConfig(**(fields | config_overrides)),
+        RxTConfig(**fields),
         dtype=source.dtype,
         attn_implementation=source.config._attn_implementation,
     ).to(source.device)
     model.generation_config = generation_config
     _load(model, _mapped_tensors(source, model.config), new_ids)
+    if model.model.memory_selection is not None:
+        start_salience(model)
     return model.train(source.training)
 
 
@@ -337,6 +361,20 @@ def _is_tied(source: PreTrainedModel) -> bool:
     return bool(source.config.tie_word_embeddings) and torch.equal(table, head)
 
 
+def _memory_fields(overrides: dict[str, Any]) -> dict[str, Any]:
+    """The fields about the memory: those that were asked for, and what goes with them."""
+    fields = _MEMORY_FIELDS | overrides
+    is_joint, selects = fields["memory_reading"] == "joint", fields["memory_writing"] == "selection"
+    # with as many heads as the self-attention the cross-attention is a copy of it, else its output starts at zero
+    is_copy = not is_joint and not any(name.startswith("cross_attention_num") for name in overrides)
+    return {
+        "memory_positions": "rank" if is_joint else "none",
+        "memory_init": "zeros" if selects else "learned",
+        "cross_attention_head_gate": is_copy,
+        "cross_attention_zero_init": not (is_joint or is_copy),
+    } | fields
+
+
 def _check_config(config: PreTrainedConfig) -> None:
     if config.model_type not in _FAMILIES:
         raise ValueError(f"from_llm converts {', '.join(_FAMILIES)}; model type {config.model_type!r} is not covered.")
@@ -463,6 +501,12 @@ def _mapped_tensors(source: PreTrainedModel, config: RxTConfig) -> dict[str, tor
                 tensors[target.format(layer=index)] = tensor
             elif index in memory_layers and config.memory_encoding == "encoder":
                 tensors[target.format(memory=memory_layers.index(index))] = tensor
+        if index in memory_layers and config.cross_attention_head_gate:
+            module, kind = name.removeprefix(layer[0]).rsplit(".", 1)
+            for target in _CROSS_ATTENTION.get(module, ()):
+                # behind a closed gate, a bias of the output would be all that it says
+                is_output_bias = target.endswith("o_proj") and kind == "bias"
+                tensors[f"{layer[0]}{target}.{kind}"] = torch.zeros_like(tensor) if is_output_bias else tensor
     if unmapped:
         raise ValueError(f"from_llm does not cover these tensors of the source: {', '.join(unmapped)}.")
     return tensors

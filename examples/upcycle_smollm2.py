@@ -75,7 +75,15 @@ def main() -> None:
         source = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
         source_tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer = convert_tokenizer(source_tokenizer, max_length=256)
-    model = from_llm(source, num_memory_slots=32, memory_layers=options.memory_layers, tokenizer=tokenizer)
+    model = from_llm(
+        source,
+        num_memory_slots=32,
+        memory_layers=options.memory_layers,
+        tokenizer=tokenizer,
+        memory_reading="cross_attention",
+        memory_encoding="encoder",
+        memory_writing="attention",
+    )
     ids = source_tokenizer("The capital of France is Paris.", return_tensors="pt")["input_ids"]
     with torch.no_grad():
         expected = source(ids).logits

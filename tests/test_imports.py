@@ -28,7 +28,7 @@ BELOW: dict[str, set[str]] = {
     "session": {"chat_template", "modeling_rxt"},
     "graphs": {"modeling_rxt"},
     "hub": {"chat_template", "modeling_rxt"},
-    "convert": {"chat_template", "modeling_rxt"},
+    "convert": {"chat_template", "data", "modeling_rxt"},
     # rewards are measures, an upcycled model is converted first, and a run writes its model's card
     "training": {"convert", "evaluation", "hub"},
     "evaluation": {"data", "presets", "session"},

@@ -39,6 +39,10 @@ def tokenizer():
     return train_tokenizer(["I want a table for 7 people. It is booked."] * 8, vocab_size=VOCABULARY, max_length=96)
 
 
+# the recipe trains the paper's parts
+PAPER = {"memory_reading": "cross_attention", "memory_encoding": "encoder", "memory_writing": "attention"}
+
+
 def make_source(is_tied=True):
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3}
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=is_tied)
@@ -46,7 +50,7 @@ def make_source(is_tied=True):
 
 
 def converted(is_tied=True):
-    return from_llm(make_source(is_tied), num_memory_slots=5, memory_layers=[0, 2])
+    return from_llm(make_source(is_tied), num_memory_slots=5, memory_layers=[0, 2], **PAPER)
 
 
 EPISODES = torch.randint(0, VOCABULARY, (2, 3, 9), generator=torch.Generator().manual_seed(5))
@@ -147,7 +151,7 @@ def batch(tokenizer):
 
 def rxt(tokenizer):
     """A converted model whose memory says something already."""
-    return randomize(from_llm(make_source(), num_memory_slots=5, tokenizer=tokenizer), seed=4).eval()
+    return randomize(from_llm(make_source(), num_memory_slots=5, tokenizer=tokenizer, **PAPER), seed=4).eval()
 
 
 def test_labels_are_the_recalled_words_with_their_distances(tokenizer, batch):
@@ -293,7 +297,7 @@ def test_recipe_trains_on_a_quantised_base_and_merges_into_the_whole_one(tokeniz
     # nf4 on a CPU is right for rows of whole blocks of 64 numbers only
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     source = randomize(LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)), seed=3)
-    base = from_llm(source, num_memory_slots=5, memory_layers=[1], tokenizer=tokenizer).eval()
+    base = from_llm(source, num_memory_slots=5, memory_layers=[1], tokenizer=tokenizer, **PAPER).eval()
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     command = ["--model", str(tmp_path / "base"), "--data", str(data), "--lora_rank", "2", "--disable_tqdm", "True"]
@@ -328,7 +332,7 @@ def test_example_ends_as_it_promises(tokenizer, data, tmp_path, monkeypatch, cap
     assert "largest difference of logits between the language model and the RxT: 0.0" in lines
     promised = re.search(r"a line like\n\n    (.+)", path.read_text())[1]
     assert re.sub(r"\d+", "N", lines[-1]) == re.sub(r"\d+", "N", promised)
-    model = from_llm(make_source(), num_memory_slots=32, memory_layers=[0, 2], tokenizer=tokenizer)
+    model = from_llm(make_source(), num_memory_slots=32, memory_layers=[0, 2], tokenizer=tokenizer, **PAPER)
     assert peft.PeftModel.from_pretrained(model, tmp_path / "out")
 
 

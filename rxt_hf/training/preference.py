@@ -244,6 +244,9 @@ class PreferenceTrainer(CountingTrainer):
         if outputs.aux_loss is not None:
             config: Any = cast("Any", self.model).config
             weights = inputs["attention_mask"].flatten(1)
+            # of the turns that forward adds where another process has more
+            added = len(outputs.router_logits[0]) // len(weights) - weights.shape[1]
+            weights = F.pad(weights, (0, added))
             balance = load_balancing_losses(outputs.router_logits, config.num_experts_per_tok, weights)
             loss = loss + config.router_aux_loss_coef * (balance * is_pair.sum(1)).sum()
         loss = loss / total

@@ -586,16 +586,31 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", nargs="+", metavar="FOLDER", help="dialogues, split test; default: generated dialogues about facts"
+        "--data",
+        nargs="+",
+        metavar="FOLDER",
+        help="folders with the split test (default: generated dialogues about facts)",
     )
-    parser.add_argument("--dialogues", type=count, default=50, metavar="N", help="of each folder")
     parser.add_argument(
-        "--skip-bad-rows", action="store_true", help="leave out rows that cannot be read; how many, and why, is said"
+        "--dialogues", type=count, default=50, metavar="N", help="dialogues sampled per folder (default: 50)"
     )
-    parser.add_argument("--tokens", type=count, default=64, metavar="N", help="a dialogue ends before a longer turn")
-    parser.add_argument("--inside", type=int, default=4, metavar="N", help="dialogues whose memories are shown")
-    parser.add_argument("--output", default="eval.json", metavar="FILE", help="all figures, as JSON")
-    parser.add_argument("--report", metavar="FILE", help="the same as one HTML page with plots")
+    parser.add_argument(
+        "--skip-bad-rows", action="store_true", help="leave out rows that cannot be read, and report how many and why"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=count,
+        default=64,
+        metavar="N",
+        help="longest interaction in tokens; a dialogue is cut before a longer one (default: 64)",
+    )
+    parser.add_argument(
+        "--inside", type=int, default=4, metavar="N", help="dialogues whose memory is shown turn by turn (default: 4)"
+    )
+    parser.add_argument(
+        "--output", default="eval.json", metavar="FILE", help="JSON file of all figures (default: eval.json)"
+    )
+    parser.add_argument("--report", metavar="FILE", help="HTML page of all figures, with charts")
 
 
 def run(options: argparse.Namespace, model: RxTForCausalLM, tokenizer: Any) -> int:

@@ -234,12 +234,17 @@ def effective_rank(states: torch.Tensor) -> list[float]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Recall of facts over turns")
     parser.add_argument("model")
-    parser.add_argument("--full-history", action="store_true", help="give a model without memory the whole dialogue")
+    parser.add_argument("--full-history", action="store_true", help="give a model without a memory the whole dialogue")
     parser.add_argument("--control", default="none", choices=["none", "other_memory", "cleared_memory"])
     parser.add_argument("--split", nargs="+", default=["seen"])
     parser.add_argument("--turns", type=int, nargs="+", default=[8])
-    parser.add_argument("--casual", type=float, default=0.0, help="share of the phrases that training never sees")
-    parser.add_argument("--do-sample", action="store_true", help="at temperature 1, not greedy")
+    parser.add_argument(
+        "--casual",
+        type=float,
+        default=0.0,
+        help="share of casual phrases, which include those that training never sees (default: 0)",
+    )
+    parser.add_argument("--do-sample", action="store_true", help="sample at temperature 1 (default: greedy)")
     parser.add_argument("--dialogues", type=int, default=100)
     options = parser.parse_args(argv)
     tokenizer = AutoTokenizer.from_pretrained(options.model)

@@ -517,24 +517,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size",
         choices=SIZES,
         default="tiny",
-        help="100m: 110 million parameters of a Llama; sqa: fewer heads read the memory",
+        help="model size; 100m has a decoder of 110 million parameters, sqa fewer heads on the memory (default: tiny)",
     )
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
-    parser.add_argument("--turns", nargs="*", type=count, default=[1, 2, 4, 8, 16, 32, 64], help="none: decoding only")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="models to time (default: all)")
+    parser.add_argument(
+        "--turns",
+        nargs="*",
+        type=count,
+        default=[1, 2, 4, 8, 16, 32, 64],
+        help="numbers of the turns to time; none times decoding only (default: 1 to 64 in powers of two)",
+    )
     parser.add_argument("--query-tokens", type=count, default=192)
     parser.add_argument("--answer-tokens", type=count, default=64)
-    parser.add_argument("--window-turns", type=count, default=4, help="turns that sliding_window reads, with this one")
-    parser.add_argument("--longest-full-history", type=count, default=64, metavar="TURN", help="its last turn played")
+    parser.add_argument(
+        "--window-turns", type=count, default=4, help="turns that sliding_window reads, this one included (default: 4)"
+    )
+    parser.add_argument(
+        "--longest-full-history",
+        type=count,
+        default=64,
+        metavar="TURN",
+        help="last turn that full_history plays (default: 64)",
+    )
     parser.add_argument("--batch-size", type=count, default=1)
-    parser.add_argument("--decode-batch-sizes", nargs="*", type=count, default=[1, 8], help="none: turns only")
-    parser.add_argument("--compile", action="store_true", help="decode with a static cache and torch.compile, too")
-    parser.add_argument("--repeats", type=count, default=7, help="rounds, each of which plays every arm once")
-    parser.add_argument("--limit-s", type=float, default=120.0, help="no fourth or later round begins after this")
+    parser.add_argument(
+        "--decode-batch-sizes",
+        nargs="*",
+        type=count,
+        default=[1, 8],
+        help="batch sizes of the decoding test; none times turns only (default: 1 8)",
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="time decoding with a static cache and torch.compile as well"
+    )
+    parser.add_argument("--repeats", type=count, default=7, help="rounds; each plays every model once (default: 7)")
+    parser.add_argument(
+        "--limit-s",
+        type=float,
+        default=120.0,
+        help="seconds after which no fourth or later round begins (default: 120)",
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--attn-implementation", default="sdpa")
     parser.add_argument("--device", default=device)
-    parser.add_argument("--output", default="turn_cost.json", metavar="FILE", help="the report, as JSON")
-    parser.add_argument("--plot", metavar="FILE", help="a picture of it; needs matplotlib")
+    parser.add_argument(
+        "--output", default="turn_cost.json", metavar="FILE", help="JSON file of the report (default: turn_cost.json)"
+    )
+    parser.add_argument("--plot", metavar="FILE", help="picture of the curves; needs matplotlib")
 
 
 def count(text: str) -> int:

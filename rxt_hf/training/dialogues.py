@@ -47,18 +47,27 @@ RECIPE: dict[str, Any] = FACT_RECIPE | {
 class DialogueArguments:
     """What the recipe adds to `TrainingArguments`."""
 
-    data: list[str] = field(metadata={"help": "folders with the split train"})
-    arm: Arm = field(default="rxt", metadata={"help": "the model with a memory, or what it is compared with"})
-    tokens: int = field(default=64, metadata={"help": "a dialogue ends before a longer interaction"})
-    tokens_per_step: int = field(default=3072, metadata={"help": "padded tokens of all turns of a step"})
-    facts: int = field(default=0, metadata={"help": "turns of the fact dialogues that every second step is about"})
-    dialogues: int | None = field(default=None, metadata={"help": "read so many of each folder only"})
-    skip_bad_rows: bool = field(default=False, metadata={"help": "leaves out rows that cannot be read"})
-    vocab_size: int = field(default=4096, metadata={"help": "vocabulary of the tokenizer"})
-    preset: str = field(default="tiny", metadata={"help": "a name of rxt_hf.presets.PRESETS"})
-    override: str = field(default="", metadata={"help": "JSON object of further config fields"})
-    start_from: str | None = field(default=None, metadata={"help": "folder of a run whose model is trained further"})
-    cpu_seconds: float | None = field(default=None, metadata={"help": "stops the run at this many CPU seconds"})
+    data: list[str] = field(metadata={"help": "Folders with the split train."})
+    arm: Arm = field(default="rxt", metadata={"help": "Model to train: rxt, or a baseline of rxt_hf.training.arms."})
+    tokens: int = field(
+        default=64, metadata={"help": "Longest interaction in tokens; a dialogue is cut before a longer one."}
+    )
+    tokens_per_step: int = field(default=3072, metadata={"help": "Most padded tokens of a step, over all turns."})
+    facts: int = field(
+        default=0,
+        metadata={"help": "If > 0, every second step trains on generated facts with this many turns in all."},
+    )
+    dialogues: int | None = field(default=None, metadata={"help": "Dialogues sampled per folder (default: all)."})
+    skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out rows that cannot be read."})
+    vocab_size: int = field(default=4096, metadata={"help": "Vocabulary size of the tokenizer."})
+    preset: str = field(default="tiny", metadata={"help": "Size of the model, a name of rxt_hf.presets.PRESETS."})
+    override: str = field(default="", metadata={"help": "JSON object of configuration fields."})
+    start_from: str | None = field(
+        default=None, metadata={"help": "Folder of the run whose model is trained further."}
+    )
+    cpu_seconds: float | None = field(
+        default=None, metadata={"help": "Budget of the run in CPU seconds (default: none)."}
+    )
 
 
 def with_probes(dialogue: Mapping[str, Any], max_turns: int) -> dict[str, Any]:

@@ -90,18 +90,30 @@ MAX_TURN_TOKENS = 30
 class FactDialogueArguments:
     """What the recipe adds to `TrainingArguments`."""
 
-    arm: Arm = field(default="rxt", metadata={"help": "the demo, or what it is compared with: rxt_hf.training.arms"})
-    turns_per_step: int = field(default=128, metadata={"help": "dialogues in a step = turns_per_step / turns"})
-    cpu_seconds: float | None = field(default=None, metadata={"help": "stops the run at this many CPU seconds"})
-    vocab_size: int = field(default=2048, metadata={"help": "vocabulary of the tokenizer"})
-    preset: str = field(default="tiny", metadata={"help": "a name of rxt_hf.presets.PRESETS"})
-    override: str = field(default="", metadata={"help": "JSON object of further config fields"})
-    start_from: str | None = field(default=None, metadata={"help": "folder of the run whose model is trained further"})
-    skip: float = field(default=0.0, metadata={"help": "share of the curriculum to leave out at the start"})
-    mix: str = field(default="", metadata={"help": "JSON object of other shares of the kinds of turns, see MIX"})
+    arm: Arm = field(
+        default="rxt", metadata={"help": "Model to train: rxt (the demo), or a baseline of rxt_hf.training.arms."}
+    )
+    turns_per_step: int = field(
+        default=128, metadata={"help": "Turns of a step; it holds turns_per_step / turns dialogues."}
+    )
+    cpu_seconds: float | None = field(
+        default=None, metadata={"help": "Budget of the run in CPU seconds (default: none)."}
+    )
+    vocab_size: int = field(default=2048, metadata={"help": "Vocabulary size of the tokenizer."})
+    preset: str = field(default="tiny", metadata={"help": "Size of the model, a name of rxt_hf.presets.PRESETS."})
+    override: str = field(default="", metadata={"help": "JSON object of configuration fields."})
+    start_from: str | None = field(
+        default=None, metadata={"help": "Folder of the run whose model is trained further."}
+    )
+    skip: float = field(default=0.0, metadata={"help": "Share of the curriculum that is left out at the start."})
+    mix: str = field(
+        default="", metadata={"help": "JSON object of probabilities of kinds of turns, over those of MIX."}
+    )
     average: float = field(
         default=1.0,
-        metadata={"help": "share of the trained weights in the demo, the rest is start_from's (2109.01903)"},
+        metadata={
+            "help": "Share of the trained weights in the saved ones; the rest is start_from's (arXiv 2109.01903)."
+        },
     )
 
 

@@ -82,23 +82,27 @@ MODEL: dict[str, Any] = {
 class MemoryTaskArguments:
     """What the recipe adds to `TrainingArguments`."""
 
-    tasks: list[str] = field(metadata={"help": f"of {', '.join(TASKS)}; taken in turn"})
-    size: int = field(default=16, metadata={"help": "of the largest episodes in training"})
-    first_size: int = field(default=2, metadata={"help": "of the largest episodes at the start"})
-    test_sizes: list[int] = field(default_factory=list, metadata={"help": "default: --size"})
-    test_episodes: int = field(default=200, metadata={"help": "of each task and size"})
-    generator: str = field(default="", metadata={"help": "JSON object of further arguments of the tasks' generators"})
+    tasks: list[str] = field(metadata={"help": f"Tasks, trained in turn, of {', '.join(TASKS)}."})
+    size: int = field(default=16, metadata={"help": "Size of the largest training episodes."})
+    first_size: int = field(default=2, metadata={"help": "Size of the largest episodes at the start of training."})
+    test_sizes: list[int] = field(
+        default_factory=list, metadata={"help": "Sizes of the test episodes (default: size)."}
+    )
+    test_episodes: int = field(default=200, metadata={"help": "Test episodes per task and size."})
+    generator: str = field(default="", metadata={"help": "JSON object of arguments of the tasks' generators."})
     history: int = field(
         default=0,
-        metadata={"help": "full-grown episodes of token ids begin after up to so many other writes, without gradient"},
+        metadata={"help": "Most earlier writes (without gradient) before a full-size episode; token-id tasks only."},
     )
     hint: float = field(
         default=0.09,
-        metadata={"help": "share of the run in which ever fewer values can be told from the kind of their key"},
+        metadata={"help": "Share of the run during which the hint (a key's kind tells its value) fades out."},
     )
-    turns_per_step: int = field(default=240, metadata={"help": "of all episodes of a step"})
-    override: str = field(default="", metadata={"help": "JSON object of further config fields"})
-    cpu_seconds: float | None = field(default=None, metadata={"help": "stops the run at this many CPU seconds"})
+    turns_per_step: int = field(default=240, metadata={"help": "Turns of a step, over all its episodes."})
+    override: str = field(default="", metadata={"help": "JSON object of configuration fields."})
+    cpu_seconds: float | None = field(
+        default=None, metadata={"help": "Budget of the run in CPU seconds (default: none)."}
+    )
 
 
 def generate(task: str, seed: int, size: int, **more: Any) -> dict[str, Any]:

@@ -171,9 +171,13 @@ class PreferenceArguments(TrainingArguments):
         loss_type (`str`): `"dpo"`, `"apo_zero"` or `"apo_down"`, see [`preference_loss`].
     """
 
-    beta: float = field(default=0.1, metadata={"help": "weight of the log ratio of policy and reference"})
-    loss_type: LossType = field(default="dpo", metadata={"help": "see preference_loss"})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "the model does not know all columns"})
+    beta: float = field(default=0.1, metadata={"help": "Weight of the log ratio of policy and reference."})
+    loss_type: LossType = field(
+        default="dpo", metadata={"help": "Loss of preference_loss: dpo, or an anchored variant."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: the model does not know all columns."}
+    )
 
 
 def check_reference(model: Any, reference_model: Any) -> Any:

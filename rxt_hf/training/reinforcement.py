@@ -271,18 +271,30 @@ class ReinforcementArguments(TrainingArguments):
         saved_similarity_weight (`float`): of the same, answer and the interaction in memory that it should draw on.
     """
 
-    group_size: int = field(default=8, metadata={"help": "samples of each dialogue"})
-    max_new_tokens: int = field(default=32, metadata={"help": "of an answer"})
-    updates_per_sample: int = field(default=1, metadata={"help": "optimizer steps with the same samples"})
-    clip_range: float = field(default=0.2, metadata={"help": "largest change of a token's probability that counts"})
-    kl_coef: float = field(default=0.0, metadata={"help": "weight of the divergence from the reference"})
-    discount: float = field(default=1.0, metadata={"help": "weight of the next turn's rewards in an advantage"})
-    scale_by_std: bool = field(default=True, metadata={"help": "advantages in standard deviations of their group"})
-    recall_weight: float = field(default=1.0, metadata={"help": "exact value in the answer"})
-    bleu_weight: float = field(default=0.2, metadata={"help": "BLEU against the reference answer"})
-    reference_similarity_weight: float = field(default=0.1, metadata={"help": "cosine to the reference answer"})
-    saved_similarity_weight: float = field(default=0.1, metadata={"help": "cosine to the saved interaction"})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "dialogues are no columns"})
+    group_size: int = field(default=8, metadata={"help": "Samples of each dialogue."})
+    max_new_tokens: int = field(default=32, metadata={"help": "Longest answer in tokens."})
+    updates_per_sample: int = field(default=1, metadata={"help": "Optimizer steps per batch of samples."})
+    clip_range: float = field(
+        default=0.2, metadata={"help": "Largest relative change of a token's probability that counts."}
+    )
+    kl_coef: float = field(default=0.0, metadata={"help": "Weight of the KL divergence from the reference."})
+    discount: float = field(default=1.0, metadata={"help": "Discount of the next turn's rewards in an advantage."})
+    scale_by_std: bool = field(
+        default=True, metadata={"help": "Divide advantages by the standard deviation of their group."}
+    )
+    recall_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the reward for the exact value in the answer."}
+    )
+    bleu_weight: float = field(default=0.2, metadata={"help": "Weight of BLEU against the reference answer."})
+    reference_similarity_weight: float = field(
+        default=0.1, metadata={"help": "Weight of the cosine to the reference answer."}
+    )
+    saved_similarity_weight: float = field(
+        default=0.1, metadata={"help": "Weight of the cosine to the saved interaction."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False: dialogues are not columns."}
+    )
 
     def __post_init__(self):
         super().__post_init__()

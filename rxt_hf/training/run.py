@@ -93,38 +93,59 @@ RECIPE: dict[str, Any] = {
 class RunArguments:
     """What a run needs beside `TrainingArguments`."""
 
-    data: list[str] = field(default_factory=list, metadata={"help": "files, folders, or facts"})
-    eval_data: list[str] = field(default_factory=list, metadata={"help": "the same, for eval_loss at the end"})
+    data: list[str] = field(
+        default_factory=list, metadata={"help": "Training data: JSONL files, folders, or facts (generated dialogues)."}
+    )
+    eval_data: list[str] = field(
+        default_factory=list, metadata={"help": "Data of eval_loss at the end of the run, given like data."}
+    )
     model: str | None = field(
-        default=None, metadata={"help": "folder or Hub name to start from; default: a new model"}
+        default=None, metadata={"help": "Folder or Hub name to start from (default: a new model)."}
     )
     tokenizer: str | None = field(
-        default=None, metadata={"help": "folder or Hub name; default: the model's, for a new model one of the data"}
+        default=None,
+        metadata={
+            "help": "Folder or Hub name of the tokenizer (default: the model's; a new one is trained on the data)."
+        },
     )
-    preset: str = field(default="tiny", metadata={"help": f"size of a new model: {', '.join(PRESETS)}"})
-    override: dict | str | None = field(default=None, metadata={"help": "JSON object of further config fields"})
-    vocab_size: int = field(default=2048, metadata={"help": "of a new tokenizer"})
-    attn_implementation: str | None = field(default=None, metadata={"help": "such as eager or flash_attention_2"})
+    preset: str = field(default="tiny", metadata={"help": f"Size of a new model: {', '.join(PRESETS)}."})
+    override: dict | str | None = field(
+        default=None, metadata={"help": "JSON object of configuration fields of a new model."}
+    )
+    vocab_size: int = field(default=2048, metadata={"help": "Vocabulary size of a new tokenizer."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention implementation, such as eager or flash_attention_2."}
+    )
     dialogues: int | None = field(
         default=None,
-        metadata={"help": "of each source, drawn at random; facts: so many are written, 1000 if not said"},
+        metadata={"help": "Dialogues sampled per source (default: all; 1,000 for generated facts)."},
     )
-    eval_dialogues: int = field(default=100, metadata={"help": "the same of eval_data"})
-    turns: int = field(default=8, metadata={"help": "longer dialogues are cut"})
+    eval_dialogues: int = field(default=100, metadata={"help": "Dialogues sampled per source of eval_data."})
+    turns: int = field(default=8, metadata={"help": "Longest dialogue in turns; longer ones are cut."})
     tokens: int | None = field(
         default=None,
-        metadata={"help": "of a row of text; a dialogue ends before a longer interaction; default: the model's"},
+        metadata={
+            "help": "Longest text row or interaction in tokens; longer ones are cut off (default: the model's limit)."
+        },
     )
     skip_bad_rows: bool = field(
-        default=False, metadata={"help": "leaves out rows that cannot be read, and says how many, and why"}
+        default=False, metadata={"help": "Leave out rows that cannot be read, and report how many and why."}
     )
     max_batch_tokens: int | None = field(
         default=None,
-        metadata={"help": "batches of equal turns with so many padded tokens; replaces per_device_*_batch_size"},
+        metadata={
+            "help": "Most padded tokens of a batch of dialogues of similar length; replaces per_device_*_batch_size."
+        },
     )
-    lora_rank: int = field(default=0, metadata={"help": "LoRA on the decoder, the memory whole; 0 trains everything"})
+    lora_rank: int = field(
+        default=0,
+        metadata={"help": "Rank of LoRA on the decoder, with the memory trained whole; 0 trains everything."},
+    )
     unfreeze: dict | str | None = field(
-        default=None, metadata={"help": "JSON object: start of parameters' names to the step that they move from"}
+        default=None,
+        metadata={
+            "help": "JSON object from prefixes of parameter names to the step at which they start to be trained."
+        },
     )
 
     @property
@@ -566,7 +587,7 @@ def card_facts(stage: str, options: RunArguments, trainer: Trainer, measured: Ma
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="YAML file of arguments")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of arguments.")
     parser.add_argument("stage", choices=STAGE_NAMES, metavar="STAGE", help=", ".join(STAGE_NAMES))
     parser.add_argument(
         "arguments",

@@ -76,24 +76,33 @@ RECIPE: dict[str, Any] = {
 class UpcycleArguments:
     """What the recipe adds to `TrainingArguments`."""
 
-    model: str = field(metadata={"help": "folder of the converted model, with its tokenizer"})
-    data: list[str] = field(metadata={"help": "folders with the splits train and test"})
-    source: str | None = field(default=None, metadata={"help": "the language model, to be measured beside it"})
-    turns: int = field(default=8, metadata={"help": "longer dialogues are cut in training, not in tests"})
-    tokens: int = field(default=64, metadata={"help": "a dialogue ends before a longer interaction"})
-    tokens_per_step: int = field(default=2048, metadata={"help": "padded tokens of all turns of a step"})
-    labelled_share: float = field(default=0.1, metadata={"help": "share of the answers without a recalled word"})
-    recall_weight: float = field(default=3.0, metadata={"help": "what a recalled token counts more than others"})
+    model: str = field(metadata={"help": "Folder of the converted model and its tokenizer."})
+    data: list[str] = field(metadata={"help": "Folders with the splits train and test."})
+    source: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name of the source language model, measured for comparison."}
+    )
+    turns: int = field(default=8, metadata={"help": "Longest training dialogue in turns; tests use whole dialogues."})
+    tokens: int = field(
+        default=64, metadata={"help": "Longest interaction in tokens; a dialogue is cut before a longer one."}
+    )
+    tokens_per_step: int = field(default=2048, metadata={"help": "Most padded tokens of a step, over all turns."})
+    labelled_share: float = field(
+        default=0.1, metadata={"help": "Share of the answers without a recalled word that are learned."}
+    )
+    recall_weight: float = field(default=3.0, metadata={"help": "Extra loss weight of recalled tokens."})
     quantization: Literal["none", "nf4", "int8"] = field(
-        default="none", metadata={"help": "of the frozen base: nf4 needs bitsandbytes, int8 torchao"}
+        default="none",
+        metadata={"help": "Quantisation of the frozen base: none, nf4 (needs bitsandbytes) or int8 (needs torchao)."},
     )
     memory_learning_rate: float | None = field(
-        default=None, metadata={"help": "of what is trained whole, the memory; default: learning_rate"}
+        default=None, metadata={"help": "Learning rate of the memory modules (default: learning_rate)."}
     )
-    lora_rank: int = field(default=8, metadata={"help": "of the adapters on the frozen decoder"})
-    dialogues: int | None = field(default=None, metadata={"help": "read so many of each folder only"})
-    test_dialogues: int = field(default=200, metadata={"help": "of each folder"})
-    cpu_seconds: float | None = field(default=None, metadata={"help": "stops the run at this many CPU seconds"})
+    lora_rank: int = field(default=8, metadata={"help": "Rank of LoRA on the frozen decoder."})
+    dialogues: int | None = field(default=None, metadata={"help": "Dialogues sampled per folder (default: all)."})
+    test_dialogues: int = field(default=200, metadata={"help": "Test dialogues sampled per folder."})
+    cpu_seconds: float | None = field(
+        default=None, metadata={"help": "Budget of the run in CPU seconds (default: none)."}
+    )
 
 
 class TrainingSteps(Dataset):

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -422,8 +423,12 @@ def _serve(args: argparse.Namespace) -> int:
     service = app.app.state.service
     print(f"engine  {service.engine.max_rows} turns at once, {service.memory_bytes} bytes a memory", flush=True)
     print(f"listens http://{args.host}:{args.port}, model {settings.name!r}; Ctrl-C ends", flush=True)
-    serve(app, settings, args.host, args.port)
-    print("ended   all turns are answered", flush=True)
+    # uvicorn ends what runs, and then lets the signal do what it did before
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        serve(app, settings, args.host, args.port)
+    finally:
+        print("ended   all turns are answered", flush=True)
     return 0
 
 

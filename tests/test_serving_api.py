@@ -273,6 +273,19 @@ def test_a_client_that_hangs_up_frees_its_row_and_stores_nothing(server, service
     assert service.store.usage("ann").records == before
 
 
+def test_a_response_may_tell_what_its_answer_read(client):
+    first = ask(client, FACT)
+    asked = {"model": "rxt", "input": QUESTION, "previous_response_id": first.id}
+    reads = torch.tensor(client.responses.create(**asked, include=["memory.reads"]).memory_reads)
+    assert reads.shape == (2, 40) and reads.std() > 0.001
+    close(reads.sum(-1), torch.ones(2))
+    # another memory is read otherwise
+    del asked["previous_response_id"]
+    other = client.responses.create(**asked, include=["memory.reads"])
+    assert (torch.tensor(other.memory_reads) - reads).abs().max() > 0.01
+    refused(400, client.responses.create, **asked, include=["file_search_call.results"])
+
+
 # Conversations
 
 

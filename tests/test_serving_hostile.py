@@ -69,7 +69,8 @@ ITEM = st.fixed_dictionaries(
         "id": JSON,
     },
 )
-ITEMS = st.one_of(st.lists(ITEM, max_size=5), PARTS)
+SAID = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": TEXTS})
+ITEMS = st.one_of(st.lists(SAID, min_size=1, max_size=3), st.lists(ITEM, max_size=5), PARTS)
 TOOLS = st.one_of(
     st.lists(st.fixed_dictionaries({"type": st.sampled_from(["function", "x"]), "name": JSON, "function": JSON})), JSON
 )
@@ -134,6 +135,8 @@ RAW = {
     "long number": b'{"seed": ' + b"9" * 100_000 + b"}",
     "a list": b"[]",
     "nothing": b"",
+    "half a character": b'{"input": "\\ud800"}',
+    "half a character in a message": b'{"messages": [{"role": "user", "content": "a\\udfff"}]}',
     "not a number": b'{"input": "x", "temperature": NaN}',
     "too large a number": b'{"input": "x", "temperature": 1e999}',
     "long text": b'{"input": "' + b"a" * 200_000 + b'"}',

@@ -33,7 +33,8 @@ except ImportError as error:
 MAX_BODY = 256 * 1024
 # what else a memory's file holds beside its numbers
 FILE_SLACK = 8192
-OPTIONAL_INCLUDES = {"reasoning.encrypted_content"}
+# the first is this server's own: what the answer read of each slot of the memory
+OPTIONAL_INCLUDES = {"memory.reads", "reasoning.encrypted_content"}
 
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
@@ -432,7 +433,10 @@ class Responses:
         if self.body.context_management:
             sealed = service.sealed(self.tenant, about, memory)
             output = [*output, {"id": new_id("cmp"), "type": "compaction", "encrypted_content": sealed}]
-        return self.as_json(status, output, answer)
+        response = self.as_json(status, output, answer)
+        if "memory.reads" in (self.body.include or ()):
+            response["memory_reads"] = await asyncio.to_thread(service.reads, turn)
+        return response
 
     async def events(self) -> AsyncGenerator[bytes]:
         """The stream; the text is out before the memory is written, and `response.completed` comes after."""

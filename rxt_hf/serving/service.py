@@ -2,6 +2,8 @@
 """What the server does, without HTTP: finds the memory of a turn, lets the engine answer, keeps what came of it."""
 
 import asyncio
+import copy
+import functools
 import hashlib
 import json
 import os
@@ -385,6 +387,27 @@ class Service:
                 if found is not None:
                     return Base({"known": index + 1}, self._unpack(found[0])[1]), keys
         return Base({"known": 0}, self._initial()), keys
+
+    @functools.cached_property
+    def _observer(self) -> Any:
+        """The same parameters under an attention that gives its weights, which the engine's does not."""
+        twin = copy.deepcopy(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
+        twin.set_attn_implementation("eager")
+        return twin
+
+    def reads(self, turn: Turn) -> list[list[float]] | None:
+        """
+        How much of its attention to the memory the answer gave each slot of each layer, the mean over its tokens and
+        heads; `None` if the model's attention does not tell memory from tokens.
+        """
+        ids = torch.tensor([turn.prompt + turn.token_ids], device=self.model.device)
+        with torch.no_grad():
+            output = self._observer.model(input_ids=ids, stm_cache=turn.memory, output_attentions=True)
+        if not output.cross_attentions:
+            return None
+        # the token at a place is chosen by what is read at the place before it
+        said = slice(len(turn.prompt) - 1, -1)
+        return [weights[0, :, said].float().mean((0, 1)).tolist() for weights in output.cross_attentions]
 
     def shared(self, about: dict[str, Any]) -> dict[str, Any]:
         """What a memory takes along into its next turn."""

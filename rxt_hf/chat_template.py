@@ -1,6 +1,7 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
-"""Control tokens, the chat template of one interaction, and tokenizers that speak it."""
+"""The chat template of one interaction, its control tokens or other pieces, and tokenizers that speak it."""
 
+import ast
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any, cast
 from jinja2 import TemplateError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 CONTROL_TOKENS: dict[str, str] = {
     "pad_token": "[PAD]",
@@ -25,8 +27,27 @@ CONTROL_TOKENS: dict[str, str] = {
 }
 
 _NEEDED = ("bos_token", "instruction_token", "query_token", "answer_token", "eos_token")
-# what precedes the text of a message, and the roles of interactions that have nothing beside it
-_MARKS = {"system": "[I]", "user": "[Q]", "assistant": "[A]"}
+# what stands before, between and behind the texts of an interaction; `answer` or `thinking` ends a prompt
+CONTROL_PIECES: dict[str, str] = {
+    "query": "[BOS][Q]",
+    "tool": "[BOS][U]",
+    "system": "[BOS][I]",
+    "system_query": "[Q]",
+    "system_tool": "[U]",
+    "system_end": "[EOS]",
+    "query_end": "",
+    "tool_end": "",
+    "answer": "[A]",
+    "answer_start": "",
+    "thinking": "[T]",
+    "thinking_end": "[A]",
+    "tool_call": "[C]",
+    "tool_call_end": "",
+    "tool_call_separator": "",
+    "end": "[EOS]",
+}
+_BEFORE_TEXT = ("query", "tool", "system", "system_query", "system_tool", "thinking_end", "tool_call")
+# the roles of interactions that have nothing beside their texts
 _PLAIN = (("user",), ("user", "assistant"), ("system",), ("system", "user"), ("system", "user", "assistant"))
 
 # A character that stands for nothing (U+FDD0 is a noncharacter). In text that spells a special token it is put behind
@@ -34,9 +55,13 @@ _PLAIN = (("user",), ("user", "assistant"), ("system",), ("system", "user"), ("s
 # comes after that match, and cuts there, so that no vocabulary can hold the whole either. Where U+FDD0 follows such
 # a character already, another one is put in: exactly what was put in is taken away again.
 ESCAPE = "\ufdd0"
+# It is taken away wherever it stands, and the text is cut there. Texts hold no two of these characters in a row: an
+# ESCAPE is put behind each. So no token reaches over the end of a prompt, whatever the answer begins with.
+CUT = "\ufdd1\ufdd1"
 
 # The parts of a message are joined before they are escaped: "[" and "A]" are harmless, "[A]" is not.
 _TEMPLATE = r"""
+{%- set pieces = PIECES -%}
 {%- macro escape(text) -%}
     {%- set said = namespace(text=text) -%}
     {%- for first, spellings in ESCAPES if first in text -%}
@@ -65,7 +90,9 @@ _TEMPLATE = r"""
     {%- endif -%}
     {%- set given = function.arguments or {} -%}
     {%- set arguments = given if given is string else given | tojson -%}
-    [C]{{- escape('{"name": ' ~ function.name | tojson ~ ', "arguments": ' ~ arguments ~ '}') -}}
+    {{- pieces.tool_call -}}
+    {{- escape('{"name": ' ~ function.name | tojson ~ ', "arguments": ' ~ arguments ~ '}') -}}
+    {{- pieces.tool_call_end -}}
 {%- endmacro -%}
 {%- if tools or documents -%}
     {{- raise_exception('One interaction has no place for tools and documents: '
@@ -82,52 +109,110 @@ _TEMPLATE = r"""
         ~ 'message, and the assistant message unless it is to be generated. Earlier turns live in the memory: '
         ~ 'pass stm_cache instead of the history. Roles given: ' ~ (roles | join(', ') or 'none') ~ '.') -}}
 {%- endif -%}
-[BOS]
-{%- if has_instruction -%}[I]{{- text(messages[0].content) -}}{%- endif -%}
+{%- set is_tool = turn_roles[:1] == ['tool'] -%}
+{%- if has_instruction -%}
+    {{- pieces.system -}}
+    {{- text(messages[0].content) -}}
+{%- endif -%}
 {%- if is_instruction_alone -%}
-    [EOS]
+    {{- pieces.system_end -}}
 {%- else -%}
-    {{- '[U]' if turn_roles[0] == 'tool' else '[Q]' -}}
+    {{- pieces[('system_' if has_instruction else '') ~ ('tool' if is_tool else 'query')] -}}
     {{- text(turn[0].content) -}}
+    {%- if turn | length == 2 or add_generation_prompt -%}
+        {{- pieces.tool_end if is_tool else pieces.query_end -}}
+    {%- endif -%}
     {%- if turn | length == 2 -%}
         {%- set answer = turn[1] -%}
         {%- set thoughts = answer.reasoning_content or answer.thinking -%}
-        {{- '[T]' if thoughts else '[A]' -}}
+        {{- pieces.thinking if thoughts else pieces.answer -}}
         {%- generation -%}
-            {%- if thoughts -%}{{- text(thoughts) -}}[A]{%- endif -%}
+            {%- if thoughts -%}
+                {{- text(thoughts) -}}
+                {{- pieces.thinking_end -}}
+            {%- else -%}
+                {{- pieces.answer_start -}}
+            {%- endif -%}
             {%- if answer.content or not (thoughts or answer.tool_calls) -%}{{- text(answer.content) -}}{%- endif -%}
-            {%- for call in answer.tool_calls or [] -%}{{- tool_call(call.function or call) -}}{%- endfor -%}
-            [EOS]
+            {%- for call in answer.tool_calls or [] -%}
+                {%- if answer.content or not loop.first -%}{{- pieces.tool_call_separator -}}{%- endif -%}
+                {{- tool_call(call.function or call) -}}
+            {%- endfor -%}
+            {{- pieces.end -}}
         {%- endgeneration -%}
     {%- elif add_generation_prompt -%}
-        {{- '[T]' if thinking else '[A]' -}}
+        {{- pieces.thinking if thinking else pieces.answer -}}
     {%- endif -%}
 {%- endif -%}
 """
 
 
 @lru_cache(maxsize=16)
-def _escapes(special: tuple[str, ...]) -> list[tuple[str, list[str]]]:
-    """For each first character what must not be read as it stands: ESCAPE is put behind the first character of it."""
+def _escapes(special: tuple[str, ...], behind: str) -> list[tuple[str, list[str]]]:
+    """
+    For each first character what must not be read as it stands: ESCAPE is put behind the first character of it.
+    `behind` are the characters that pieces behind a text begin with.
+    """
     spellings: dict[str, list[str]] = {}
     for text in sorted(special):
         spellings.setdefault(text[0], [text[0] + ESCAPE]).append(text)
     for first, texts in spellings.items():
         # occurrences of "aba" can overlap, and replacing would miss one; "a[" may end in a control token behind the
         # text: then every "a" is escaped
-        if any("[" in text[1:] or any(text.startswith(text[-n:]) for n in range(1, len(text))) for text in texts):
+        if any(
+            _reaches_into(text, behind) or any(text.startswith(text[-n:]) for n in range(1, len(text)))
+            for text in texts
+        ):
             spellings[first] = [first]
     return list(spellings.items())
 
 
+def _reaches_into(text: str, behind: str) -> bool:
+    """Whether a token of this text can end in one of the pieces that begin with the characters `behind`."""
+    return any(character in text[1:] for character in behind)
+
+
+def _behind(pieces: Mapping[str, str]) -> str:
+    """The first characters of all pieces that follow a text."""
+    names = set(pieces) - {"query", "tool", "system", "answer_start"}
+    return "".join(sorted({pieces[name][0] for name in names if pieces[name]} - {CUT[0]}))
+
+
+def _guarded(tokens: Iterable[AddedToken], pieces: Mapping[str, str]) -> tuple[str, ...]:
+    """What no text may be read as: special tokens, the added tokens that pieces are made of, and the cut."""
+    parts = "" if pieces == CONTROL_PIECES else "\n".join(pieces.values())
+    texts = [token.content for token in tokens if token.special or (token.content.strip() and token.content in parts)]
+    return tuple(texts + [CUT] * (CUT in parts))
+
+
 @lru_cache(maxsize=16)
-def _template(special: tuple[str, ...]) -> str:
-    """The chat template that keeps these special tokens from being typed."""
-    escapes = ascii([list(escape) for escape in _escapes(special)])
-    return _TEMPLATE.replace("ESCAPES", escapes).replace("ESCAPE", ascii(ESCAPE)[1:-1])
+def _template(guarded: tuple[str, ...], pieces: tuple[tuple[str, str], ...]) -> str:
+    """The chat template of these pieces, which keeps what is guarded from being typed."""
+    escapes = ascii([list(escape) for escape in _escapes(guarded, _behind(dict(pieces)))])
+    template = _TEMPLATE.replace("ESCAPES", escapes).replace("ESCAPE", ascii(ESCAPE)[1:-1])
+    return template.replace("PIECES", ascii(dict(pieces)))
 
 
-CHAT_TEMPLATE = _template(tuple(CONTROL_TOKENS.values()))
+def _pieces_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, str] | None:
+    """The pieces of the tokenizer's template, if it is of this module."""
+    template = cast(Any, tokenizer.chat_template)
+    # other tokenizers may have many templates by name
+    return _pieces_in(template) if isinstance(template, str) else None
+
+
+@lru_cache(maxsize=16)
+def _pieces_in(template: str) -> dict[str, str] | None:
+    found = re.match(r"\n\{%- set pieces = (\{.*\}) -%\}\n", template)
+    return ast.literal_eval(found[1]) if found else None
+
+
+def source_pieces(tokenizer: PreTrainedTokenizerFast) -> dict[str, str] | None:
+    """The pieces of interactions, if they are of a pretrained model's own chat template and not control tokens."""
+    pieces = _pieces_of(tokenizer)
+    return None if pieces == CONTROL_PIECES else pieces
+
+
+CHAT_TEMPLATE = _template(tuple(CONTROL_TOKENS.values()), tuple(CONTROL_PIECES.items()))
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024, max_length: int = 1024) -> PreTrainedTokenizerFast:
@@ -161,7 +246,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024, max_length: in
         vocab_size=vocab_size, special_tokens=_added_tokens(), initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts, trainer=trainer)
-    return _with_template(backend, max_length)
+    return _with_template(backend, max_length, CONTROL_PIECES, _control_names())
 
 
 def add_control_tokens(tokenizer: PreTrainedTokenizerFast, max_length: int | None = None) -> PreTrainedTokenizerFast:
@@ -176,11 +261,7 @@ def add_control_tokens(tokenizer: PreTrainedTokenizerFast, max_length: int | Non
         `ValueError` if the vocabulary holds the text of a control token as an ordinary token, or a special token that
         text could not be told from.
     """
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    for token in rules["added_tokens"]:
-        if token["special"]:
-            # matched as it is written and nowhere else, so that escaped text holds none
-            token |= {"normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
+    rules = _rules(tokenizer)
     for step in ("normalizer", "pre_tokenizer", "decoder"):
         rules[step] = _without_added_spaces(rules[step])
     backend = Tokenizer.from_str(json.dumps(rules))
@@ -190,15 +271,63 @@ def add_control_tokens(tokenizer: PreTrainedTokenizerFast, max_length: int | Non
         raise ValueError(
             f"The vocabulary holds {taken} as ordinary tokens: text could not be told from control tokens."
         )
-    if short := sorted(text for text in special if len(text) < 2 or text[0] == ESCAPE):
-        raise ValueError(f"The special tokens {short} cannot be told from text: they are single characters.")
     backend.add_special_tokens(_added_tokens())
-    added = backend.get_added_tokens_decoder().values()
-    first = {token.content[0] for token in added if token.special}
-    texts = [token.content for token in added if not token.special]
-    if greedy := sorted(text for text in texts if text[-1] in first or "[" in text[1:]):
+    return _checked(backend, max_length or tokenizer.model_max_length, CONTROL_PIECES, _control_names())
+
+
+def use_pieces(
+    tokenizer: PreTrainedTokenizerFast, pieces: Mapping[str, str], max_length: int | None = None
+) -> PreTrainedTokenizerFast:
+    r"""
+    A copy of a pretrained tokenizer with the template of RxT, in which these pieces, made of the tokens that it has,
+    stand in the place of control tokens: see `CONTROL_PIECES`. No token is added, and text within an interaction is
+    tokenized as the pretrained tokenizer does, but that the answer is cut off from its prompt.
+
+    Special tokens cannot be typed. What a piece says in ordinary text ("[INST]", say, of a model that has no such
+    token) is text for such a model: a user who types it gives the same ids, as in the pretrained model's own chat.
+
+    Raises:
+        `ValueError` for a special token that text could not be told from.
+    """
+    rules = _rules(tokenizer)
+    # what is decoded alone keeps its first space
+    rules["decoder"] = _without_added_spaces(rules["decoder"])
+    names = {name: getattr(tokenizer, name) for name in ("bos_token", "unk_token", "pad_token")}
+    ends = [token for token in _special(tokenizer) if pieces["end"].endswith(token)]
+    names["eos_token"] = max(ends, key=len)
+    names["pad_token"] = names["pad_token"] or names["eos_token"]
+    names = {name: text for name, text in names.items() if text is not None}
+    backend = Tokenizer.from_str(json.dumps(rules))
+    return _checked(backend, max_length or tokenizer.model_max_length, pieces, names)
+
+
+def _special(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
+def _rules(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in rules["added_tokens"]:
+        if token["special"]:
+            # matched as it is written and nowhere else, so that escaped text holds none
+            token |= {"normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
+    return rules
+
+
+def _checked(
+    backend: Tokenizer, max_length: int, pieces: Mapping[str, str], names: dict[str, str]
+) -> PreTrainedTokenizerFast:
+    """The tokenizer with its template; raises `ValueError` for special tokens that could be typed."""
+    added = list(backend.get_added_tokens_decoder().values())
+    guarded = _guarded(added, pieces)
+    if short := sorted(text for text in guarded if len(text) < 2 or text[0] == ESCAPE):
+        raise ValueError(f"The special tokens {short} cannot be told from text: they are single characters.")
+    first = {text[0] for text in guarded}
+    behind = "".join(_behind({name: piece for name, piece in pieces.items() if piece.startswith(guarded)}))
+    texts = [token.content for token in added if token.content not in guarded]
+    if greedy := sorted(text for text in texts if text[-1] in first or _reaches_into(text, behind)):
         raise ValueError(f"The added tokens {greedy} would take in the start of a control token that follows them.")
-    extended = _with_template(backend, max_length or tokenizer.model_max_length)
+    extended = _with_template(backend, max_length, pieces, names)
     _check_special_tokens(extended)
     return extended
 
@@ -292,53 +421,88 @@ def encode_chats(
             generated if the assistant's is not among them.
 
     Returns:
-        `dict`: `input_ids`, and `labels` that are -100 up to and including the first `[A]` or `[T]`.
+        `dict`: `input_ids`, and `labels` that are -100 up to where what is to be generated begins: up to and
+        including the first `[A]` or `[T]`, or the piece that stands in its place.
 
     Raises:
         `ValueError` for messages that the template refuses, and for an interaction longer than
         `tokenizer.model_max_length`.
     """
-    if missing := [text for name, text in CONTROL_TOKENS.items() if name in _NEEDED and not hasattr(tokenizer, name)]:
+    is_source = source_pieces(tokenizer) is not None
+    missing = [text for name, text in CONTROL_TOKENS.items() if name in _NEEDED and not hasattr(tokenizer, name)]
+    if missing and not is_source:
         raise ValueError(f"The tokenizer lacks the control tokens {missing}: use add_control_tokens(tokenizer).")
-    starts = {tokenizer.convert_tokens_to_ids(CONTROL_TOKENS[name]) for name in ("answer_token", "thinking_token")}
-    batch: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for ids in _tokenize(tokenizer, render_chats(tokenizer, chats)):
+    rendered = render_chats(tokenizer, chats)
+    texts = [text for text, _ in rendered]
+    if is_source:
+        # the ids of a prompt are the first ids of the whole, since both are cut at its end
+        ids_of_all = _tokenize(tokenizer, texts + [text[:start] for text, start in rendered])
+        rows, starts = ids_of_all[: len(texts)], [len(ids) for ids in ids_of_all[len(texts) :]]
+    else:
+        rows = _tokenize(tokenizer, texts)
+        answers = {tokenizer.convert_tokens_to_ids(CONTROL_TOKENS[f"{name}_token"]) for name in ("answer", "thinking")}
+        starts = [
+            next((place for place, token_id in enumerate(ids, 1) if token_id in answers), len(ids)) for ids in rows
+        ]
+    for place, ids in enumerate(rows):
         if len(ids) > tokenizer.model_max_length:
             raise ValueError(
-                f"Interaction {len(batch['labels'])} has {len(ids)} tokens, more than "
+                f"Interaction {place} has {len(ids)} tokens, more than "
                 f"model_max_length={tokenizer.model_max_length}: shorten it or split it into several turns."
             )
-        start = next((place for place, token_id in enumerate(ids, 1) if token_id in starts), len(ids))
-        batch["input_ids"].append(ids)
-        batch["labels"].append([-100] * start + ids[start:])
-    return batch
+    labels = [[-100] * start + ids[start:] for ids, start in zip(rows, starts, strict=True)]
+    return {"input_ids": rows, "labels": labels}
 
 
-def render_chats(tokenizer: PreTrainedTokenizerFast, chats: Sequence[Sequence[Mapping[str, Any]]]) -> list[str]:
-    """The text of each interaction as the tokenizer's template has it; what has no answer yet ends in `[A]`."""
-    special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    escapes = _escapes(special) if tokenizer.chat_template == _template(special) else None
-    return [_render(tokenizer, chat, escapes) for chat in chats]
+def render_chats(
+    tokenizer: PreTrainedTokenizerFast, chats: Sequence[Sequence[Mapping[str, Any]]]
+) -> list[tuple[str, int]]:
+    """
+    The text of each interaction as the tokenizer's template has it, and the character at which what is to be generated
+    begins; what has no answer yet ends there.
+    """
+    pieces, guarded = _rendering(tokenizer)
+    is_known = pieces is not None and tokenizer.chat_template == _template(guarded, tuple(pieces.items()))
+    escapes = _escapes(guarded, _behind(pieces)) if pieces is not None and is_known else None
+    return [_render(tokenizer, chat, pieces or {}, escapes) for chat in chats]
 
 
-def _render(tokenizer: PreTrainedTokenizerFast, chat: Sequence[Mapping[str, Any]], escapes: Any) -> str:
+def _rendering(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, str] | None, tuple[str, ...]]:
+    """The pieces of the tokenizer's template, if it is of this module, and what no text may be read as."""
+    pieces = _pieces_of(tokenizer)
+    return pieces, _guarded(tokenizer.added_tokens_decoder.values(), pieces or CONTROL_PIECES)
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerFast, chat: Sequence[Mapping[str, Any]], pieces: Mapping[str, str], escapes: Any
+) -> tuple[str, int]:
     """The template's text; of a plain interaction and the template of this module, without the cost of Jinja."""
     roles = tuple(message.get("role") for message in chat)
     is_plain = roles in _PLAIN and all(
         isinstance(message.get("content"), str) and len(message) == 2 for message in chat
     )
     if escapes is not None and is_plain:
-        said = "".join(_MARKS[message["role"]] + _escape(message["content"], escapes) for message in chat)
-        return f"[BOS]{said}{'[A]' if roles[-1] == 'user' else '[EOS]'}"
+        said = {message["role"]: _escape(message["content"], escapes) for message in chat}
+        start = pieces["system"] + said["system"] if "system" in said else ""
+        if "user" not in said:
+            text = start + pieces["system_end"]
+            return text, len(text)
+        start += pieces["system_query" if "system" in said else "query"] + said["user"]
+        start += pieces["query_end"] + pieces["answer"]
+        answer = f"{pieces['answer_start']}{said['assistant']}{pieces['end']}" if "assistant" in said else ""
+        return start + answer, len(start)
     try:
-        return cast(
-            str,
-            tokenizer.apply_chat_template(
-                list(cast(Any, chat)), tokenize=False, add_generation_prompt=roles[-1:] in (("user",), ("tool",))
-            ),
+        # what apply_chat_template does, which keeps to itself where the answer begins
+        (text,), (spans,) = cast(Any, render_jinja_template)(
+            [list(chat)],
+            chat_template=tokenizer.get_chat_template(),
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=roles[-1:] in (("user",), ("tool",)),
+            **tokenizer.special_tokens_map,
         )
     except TemplateError as error:
         raise ValueError(str(error)) from error
+    return text, spans[0][0] if spans else len(text)
 
 
 def _escape(text: str, escapes: Sequence[tuple[str, Sequence[str]]]) -> str:
@@ -347,6 +511,12 @@ def _escape(text: str, escapes: Sequence[tuple[str, Sequence[str]]]) -> str:
             for spelling in spellings:
                 text = text.replace(spelling, first + ESCAPE + spelling[1:])
     return text
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The ids of one interaction, or of its prompt, whatever its length."""
+    ((text, _),) = render_chats(tokenizer, [messages])
+    return _tokenize(tokenizer, [text])[0]
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerFast, rendered: list[str]) -> list[list[int]]:
@@ -361,26 +531,34 @@ def _added_tokens() -> list[AddedToken]:
     return [AddedToken(text, special=True, normalized=False) for text in CONTROL_TOKENS.values()]
 
 
-def _with_template(backend: Tokenizer, max_length: int) -> PreTrainedTokenizerFast:
-    special = tuple(token.content for token in backend.get_added_tokens_decoder().values() if token.special)
-    first = "".join(re.escape(first) for first, _ in _escapes(special))
-    steps: list[Any] = [pre_tokenizers.Split(Regex(f"(?<=[{first}]){ESCAPE}"), "removed")]
-    if json.loads(backend.to_str())["model"].get("byte_fallback"):
+def _control_names() -> dict[str, str]:
+    """The control tokens that transformers has a name for."""
+    names = PreTrainedTokenizerFast.SPECIAL_TOKENS_ATTRIBUTES
+    return {name: text for name, text in CONTROL_TOKENS.items() if name in names}
+
+
+def _with_template(
+    backend: Tokenizer, max_length: int, pieces: Mapping[str, str], names: dict[str, str]
+) -> PreTrainedTokenizerFast:
+    guarded = _guarded(backend.get_added_tokens_decoder().values(), pieces)
+    first = "".join(re.escape(first) for first, _ in _escapes(guarded, _behind(pieces)))
+    steps: list[Any] = [pre_tokenizers.Split(CUT, "removed")] if CUT in guarded else []
+    steps.append(pre_tokenizers.Split(Regex(f"(?<=[{first}]){ESCAPE}"), "removed"))
+    rules = json.loads(backend.to_str())
+    if rules["model"].get("byte_fallback"):
         # "<0x0A>" stands for a byte: text that spells it is cut, so that it stays text
         steps.append(pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), "isolated"))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [*steps, *([backend.pre_tokenizer] if backend.pre_tokenizer else [])]
-    )
-    standard = {
-        name: text
-        for name, text in CONTROL_TOKENS.items()
-        if name in PreTrainedTokenizerFast.SPECIAL_TOKENS_ATTRIBUTES
-    }
+    if backend.pre_tokenizer:
+        # Metaspace puts a space before each part that it is given: it comes first unless it was told to put none
+        is_first = (rules["pre_tokenizer"] or {}).get("prepend_scheme", "never") != "never"
+        steps = [backend.pre_tokenizer, *steps] if is_first else [*steps, backend.pre_tokenizer]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    is_control = pieces == CONTROL_PIECES
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        **standard,
-        extra_special_tokens={name: text for name, text in CONTROL_TOKENS.items() if name not in standard},
-        chat_template=_template(special),
+        **names,
+        extra_special_tokens={k: v for k, v in CONTROL_TOKENS.items() if k not in names} if is_control else {},
+        chat_template=_template(guarded, tuple(pieces.items())),
         model_max_length=max_length,
         padding_side="left",
         clean_up_tokenization_spaces=False,
@@ -388,7 +566,15 @@ def _with_template(backend: Tokenizer, max_length: int) -> PreTrainedTokenizerFa
     )
 
 
+def escape_texts(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> list[str]:
+    """The texts as they stand in rendered interactions."""
+    pieces, guarded = _rendering(tokenizer)
+    escapes = _escapes(guarded, _behind(pieces or CONTROL_PIECES))
+    return [_escape(text, escapes) for text in texts]
+
+
 def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text, as an interaction has them, without control tokens."""
-    rendered = render_chats(tokenizer, [[{"role": "system", "content": text}] for text in texts])
-    return [ids[2:-1] for ids in _tokenize(tokenizer, rendered)]
+    """Token ids of each text, as they stand between special tokens."""
+    end = tokenizer.eos_token
+    rendered = [f"{end}{text}{end}" for text in escape_texts(tokenizer, texts)]
+    return [ids[1:-1] for ids in _tokenize(tokenizer, rendered)]

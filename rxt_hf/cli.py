@@ -301,7 +301,7 @@ def _converted(source: str, args: argparse.Namespace) -> tuple[Any, Any, dict[st
     if args.slots is not None or args.memory_layers is not None:
         raise ValueError("a checkpoint of RxT's authors has its own memory: leave out --slots and --memory-layers.")
     model = from_rxlm(source)
-    tokenizer = convert_tokenizer(source) if (Path(source) / "tokenizer.json").is_file() else None
+    tokenizer = convert_tokenizer(source, template="control") if (Path(source) / "tokenizer.json").is_file() else None
     if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
         tokenizer = None
     return model, tokenizer, {"license": "other", "license_name": "raml", "licence_notice": LICENCE_NOTICE}

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import (
@@ -22,10 +22,11 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file, logging
 
-from ..chat_template import CONTROL_TOKENS, add_control_tokens
+from ..chat_template import CONTROL_TOKENS, add_control_tokens, source_pieces
 from ..configuration_rxt import RxTConfig
 from ..modeling_rxt import RxTForCausalLM
 from .salience import start_salience
+from .template import source_tokenizer
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -164,7 +165,7 @@ def from_llm(
         memory_layers (`list[int]`, *optional*): decoder layers that read the memory; default all. Of the fewer that
             save time and bytes, the last ones in a row are worth most.
         tokenizer (`PreTrainedTokenizerFast`, *optional*): what [`convert_tokenizer`] returned. The vocabulary grows
-            to it; rows of its new tokens start as the mean of the others; ids of padding, begin and end are its own.
+            to it; rows of new tokens start as the mean of the others; ids of padding, begin and end are its own.
         config_overrides: fields of [`RxTConfig`] about the memory, such as `memory_attention_type`.
 
     Returns: [`RxTForCausalLM`]
@@ -208,16 +209,27 @@ def from_llm(
 
 
 def convert_tokenizer(
-    tokenizer: PreTrainedTokenizerFast | str | os.PathLike, max_length: int | None = None
+    tokenizer: PreTrainedTokenizerFast | str | os.PathLike,
+    max_length: int | None = None,
+    template: Literal["source", "control"] | None = None,
 ) -> PreTrainedTokenizerFast:
     r"""
-    A copy of the source's tokenizer, or of the one at a path, with the control tokens and the chat template of RxT.
+    A copy of the source's tokenizer, or of the one at a path, with a chat template of RxT. Ids of ordinary text are
+    kept.
 
-    `max_length`, tokens of one interaction, defaults to the tokenizer's own limit. Ids of ordinary text are kept.
+    Args:
+        max_length (`int`, *optional*): tokens of one interaction; default: the tokenizer's own limit.
+        template (`str`, *optional*): "source" has the pieces that the source's own chat template puts around the texts
+            of one turn, so that the model reads what it was trained on; no token is added, and an answer ends with the
+            source's end token. What the source has no piece for (the result of a tool, thinking, a call) is plain text
+            there, which a user can type. "control" adds the ten control tokens, which the model has to learn. Default:
+            "source" where it can be had.
 
     Raises: `ValueError` where there is no tokenizer, for one without a `tokenizers` backend, or whose vocabulary
-    spells a control token.
+    spells a control token; for "source" where the source's template gives no pieces.
     """
+    if template not in (None, "source", "control"):
+        raise ValueError(f"template={template!r} must be 'source', 'control' or None.")
     given = tokenizer
     if isinstance(tokenizer, str | os.PathLike):
         try:
@@ -230,6 +242,18 @@ def convert_tokenizer(
             ) from error
     if not isinstance(given, PreTrainedTokenizerFast):
         raise ValueError(f"convert_tokenizer needs a fast tokenizer, got {type(given).__name__}.")
+    if template == "control":
+        return add_control_tokens(given, max_length)
+    if source_pieces(given) is not None:
+        converted = copy.deepcopy(given)
+        converted.model_max_length = max_length or given.model_max_length
+        return converted
+    try:
+        return source_tokenizer(given, max_length)
+    except ValueError as error:
+        if template == "source":
+            raise ValueError(f'template="source" cannot be had, use "control": {error}') from error
+        logger.warning(f"Interactions get control tokens of their own, which the model has to learn: {error}")
     return add_control_tokens(given, max_length)
 
 
@@ -281,9 +305,9 @@ def adapter_config(
         "target_modules": _BASE_PROJECTIONS,
         "modules_to_save": whole,
     }
-    if tokenizer is not None:
+    if tokenizer is not None and (ids := _control_ids(tokenizer)):
         tables = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
-        fields["trainable_token_indices"] = dict.fromkeys(tables, _control_ids(tokenizer))
+        fields["trainable_token_indices"] = dict.fromkeys(tables, ids)
     return LoraConfig(**(fields | lora_fields))
 
 
@@ -479,6 +503,9 @@ def _vocabulary(tokenizer: PreTrainedTokenizerFast | None, source_size: int) -> 
 
 
 def _control_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The ids that the source does not know; none where interactions consist of its own pieces."""
+    if source_pieces(tokenizer) is not None:
+        return []
     ids = tokenizer.get_vocab()
     if missing := [text for text in CONTROL_TOKENS.values() if text not in ids]:
         raise ValueError(f"The tokenizer lacks the control tokens {missing}: pass convert_tokenizer(tokenizer).")

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from ..chat_template import CONTROL_TOKENS, encode_chats, encode_texts, render_chats
+from ..chat_template import CONTROL_TOKENS, encode_chats, encode_texts, escape_texts, render_chats
 from .files import decode, parse_json, read_rows
 from .rows import split_messages as split_messages
 from .rows import to_episode
@@ -271,14 +271,15 @@ def _recall_labels(
     for turn, ids, row in zip(turns, input_ids, rows, strict=True):
         if not turn.get("recall"):
             continue
-        (rendered,) = render_chats(tokenizer, [_messages(turn)])
+        ((rendered, start),) = render_chats(tokenizer, [_messages(turn)])
         offsets = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        answer_start = ids.index(tokenizer.answer_token_id) + 1
-        text_start = offsets[answer_start - 1][1]
+        thoughts, said = escape_texts(tokenizer, [turn.get("thinking") or "", turn["answer"]])
+        text_start = rendered.index(said, start + len(thoughts))
         places = _places(rendered[text_start:], turn["answer"])
-        for position in range(answer_start, len(ids)):
-            first, last = (places[offset - text_start] for offset in offsets[position])
-            if any(start < last and first < end for start, end, *_ in turn["recall"]):
+        for position, span in enumerate(offsets):
+            # a token may begin with the space that a template puts before the answer
+            first, last = (places[max(offset - text_start, 0)] for offset in span)
+            if any(begin < last and first < end for begin, end, *_ in turn["recall"]):
                 row[position] = ids[position]
     return rows
 
@@ -359,7 +360,8 @@ def pack_texts(
     documents, waiting = iter(texts), []
     while batch := list(islice(documents, 256)):
         for ids in encode_texts(tokenizer, batch):
-            waiting += [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+            begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+            waiting += [*begin, *ids, tokenizer.eos_token_id]
         full = len(waiting) - len(waiting) % length
         for start in range(0, full, length):
             row = waiting[start : start + length]

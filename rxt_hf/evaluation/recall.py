@@ -88,10 +88,12 @@ class HistoryArm:
         sequences = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **self.generation)
         answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
         if self.full_history:
-            pad = self.tokenizer.pad_token_id
+            # the end token itself may be what rows are filled up with
+            pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+            said = [answer[: answer.index(end) + 1] if end in answer else answer for answer in answers]
             self.histories = [
-                prompt + [token for token in answer if token != pad]
-                for prompt, answer in zip(prompts, answers, strict=True)
+                prompt + [token for token in answer if token != pad or pad == end]
+                for prompt, answer in zip(prompts, said, strict=True)
             ]
         return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
 

@@ -2,14 +2,16 @@
 """Between OpenAI's lists of items or messages and the interactions that an RxT reads and writes."""
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from ..chat_template import encode_texts
+from ..chat_template import CUT, encode_prompt, source_pieces
 from ..session import MIN_ANSWER_TOKENS
 from .engine import decode
 
 Message = dict[str, Any]
+_PLAIN = (["user"], ["user", "assistant"])
 TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
 
@@ -155,15 +157,16 @@ class Codec:
     def __init__(self, tokenizer: Any, max_tokens: int):
         self.tokenizer, self.max_tokens = tokenizer, max_tokens
         self._room = min(MIN_ANSWER_TOKENS, max_tokens // 2)
-        names = ("bos", "query", "answer", "eos")
-        self._control_ids = [getattr(tokenizer, f"{name}_token_id") for name in names]
+        self._pieces = source_pieces(tokenizer)
 
     def _encode(self, messages: list[Message], room: int, **kwargs: Any) -> list[int]:
         for message in messages:
             if not (message["content"].strip() or message.get("tool_calls") or message.get("reasoning_content")):
                 raise RequestError(f"The text of the {message['role']} is empty.")
-        ids = self._plain(messages)
-        if ids is None or kwargs.get("thinking"):
+        # without the template, which takes most of what a request costs, where it would be asked for the same
+        if [message["role"] for message in messages] in _PLAIN and not kwargs.get("thinking"):
+            ids = encode_prompt(self.tokenizer, messages)
+        else:
             encoded = self.tokenizer.apply_chat_template(
                 messages, return_dict=True, tokenizer_kwargs={"verbose": False}, **kwargs
             )
@@ -175,17 +178,6 @@ class Codec:
                 code="context_length_exceeded",
             )
         return ids
-
-    def _plain(self, messages: list[Message]) -> list[int] | None:
-        """Query and answer, or query alone, without the template: it takes most of what a request costs."""
-        if [message["role"] for message in messages] not in (["user"], ["user", "assistant"]):
-            return None
-        if any("tool_calls" in message or "reasoning_content" in message for message in messages):
-            return None
-        start, query, answer, end = self._control_ids
-        encoded = encode_texts(self.tokenizer, [message["content"] for message in messages])
-        prompt = [start, query, *(encoded[0] or ()), answer]
-        return prompt if len(encoded) == 1 else [*prompt, *(encoded[1] or ()), end]
 
     def interaction(self, messages: list[Message]) -> list[int]:
         """A finished interaction, to be written."""
@@ -204,6 +196,8 @@ class Codec:
         if not (thinks or has_tools):
             return Answer(text)
         ids, thoughts, cut = list(token_ids), "", 0
+        if self._pieces is not None:
+            return self._answer_in_text(ids, self._pieces, thinks, has_tools)
         if thinks:
             answer_id = self.tokenizer.answer_token_id
             cut = ids.index(answer_id) if answer_id in ids else len(ids)
@@ -216,6 +210,23 @@ class Codec:
         # what is no call is text, so that nothing that the model said is lost
         said += "".join(raw for raw, call in zip(spelled, calls, strict=True) if call is None)
         return Answer(said, thoughts, tuple(call for call in calls if call is not None), cut)
+
+    def _answer_in_text(self, ids: list[int], pieces: dict[str, str], thinks: bool, has_tools: bool) -> Answer:
+        """Of a model whose thinking and calls stand between words of its own template."""
+        names = ("thinking_end", "tool_call", "tool_call_end")
+        closed, opened, ended = (pieces[name].replace(CUT, "").strip() for name in names)
+        said, thoughts, cut = decode(self.tokenizer, ids), "", 0
+        if thinks:
+            thoughts, _, said = (part.strip() for part in said.partition(closed))
+            cut = bisect_left(range(len(ids)), True, key=lambda end: closed in decode(self.tokenizer, ids[:end]))
+        said, *spelled = said.split(opened) if has_tools else [said]
+        calls = []
+        for raw in spelled:
+            call, _, rest = raw.partition(ended)
+            parsed = _parse_call(call)
+            calls += [] if parsed is None else [parsed]
+            said += opened + raw if parsed is None else rest
+        return Answer(said.strip() if calls else said, thoughts, tuple(calls), cut)
 
 
 def _parse_call(text: str) -> dict[str, str] | None:

@@ -49,7 +49,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from ..chat_template import train_tokenizer
+from ..chat_template import source_pieces, train_tokenizer
 from ..configuration_rxt import RxTConfig
 from ..convert import adapter_config
 from ..data.collator import RxTEpisodeCollator, RxTPreTrainingCollator
@@ -403,7 +403,9 @@ def load_tokenizer(options: RunArguments, start: str | None) -> Any:
         texts = chain.from_iterable(texts_of(source, "train", options) for source in options.data)
         fields = PRESETS[options.preset] | options.config_fields
         tokenizer = train_tokenizer(texts, options.vocab_size, max_length=fields["max_position_embeddings"])
-    if missing := [each for each in ("pad", "bos", "eos", "mask") if getattr(tokenizer, f"{each}_token_id") is None]:
+    # in the pieces of a pretrained model's template, neither is needed before a token is to be masked
+    needed = ("pad", "bos", "eos", "mask") if source_pieces(tokenizer) is None else ("pad", "eos")
+    if missing := [each for each in needed if getattr(tokenizer, f"{each}_token_id") is None]:
         raise ValueError(
             f"The tokenizer {name} has no {missing[0]}_token: see rxt_hf.chat_template.add_control_tokens."
         )
@@ -479,6 +481,8 @@ def optimizers_of(model: Any, options: RunArguments, args: TrainingArguments) ->
 def collator_of(stage: str, tokenizer: Any) -> Any:
     if stage in (PREFERENCE, "memory_aware"):
         return RxTEpisodeCollator(tokenizer.pad_token_id)
+    if tokenizer.mask_token_id is None:
+        raise ValueError(f"The stage {stage} masks tokens, and the tokenizer has no mask_token.")
     special = [token for token, added in tokenizer.added_tokens_decoder.items() if added.special]
     return RxTPreTrainingCollator(
         tokenizer.pad_token_id, mask_token_id=tokenizer.mask_token_id, special_token_ids=special

@@ -41,7 +41,9 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..chat_template import source_pieces
 from ..convert import adapter_config
+from ..convert.template import turn_pieces
 from ..data.collator import RxTEpisodeCollator
 from ..data.readers import Episodes, bucket_by_turns, endless_batches
 from ..evaluation.memory import DISTANCES, Memory, recalled_at, sampled, token_losses
@@ -211,11 +213,11 @@ def source_losses(
 ) -> dict[str, list]:
     """The same of the language model in its own chat template, which sees the turns before or the query alone."""
     source.eval()
-    pieces, losses, distances = _template_pieces(source_tokenizer, tokenizer), [], []
+    (pieces, between), losses, distances = _template_pieces(source_tokenizer, tokenizer), [], []
     for batch in batches:
         columns = [batch[name].tolist() for name in ("input_ids", "attention_mask", "labels", "distances")]
         for episode in zip(*columns, strict=True):
-            turns = [_in_template(*turn, pieces) for turn in zip(*episode, strict=True)]
+            turns = [_in_template(*turn, pieces) + between for turn in zip(*episode, strict=True)]
             for row in [list(chain.from_iterable(turns))] if history else turns:
                 ids, labels, kinds = torch.tensor(row or [[0, -100, 0]], device=source.device).T.unsqueeze(1)
                 is_target = labels[:, 1:] != -100
@@ -225,13 +227,17 @@ def source_losses(
     return _by_distance(losses, distances)
 
 
-def _template_pieces(source_tokenizer: Any, tokenizer: Any) -> dict[int, list[int]]:
-    """What the language model's chat template says in place of our control tokens."""
-    said = [{"role": role, "content": "@@"} for role in ("user", "assistant") * 2]
-    _, answer, query, _, end = source_tokenizer.apply_chat_template(said, tokenize=False).split("@@")
-    texts = {"[BOS]": "", "[Q]": query.removeprefix(end), "[A]": answer, "[EOS]": end}
-    encode = partial(source_tokenizer.encode, add_special_tokens=False)
-    return {tokenizer.convert_tokens_to_ids(token): encode(text) for token, text in texts.items()}
+def _template_pieces(source_tokenizer: Any, tokenizer: Any) -> tuple[dict[int, list[int]], list[list[int]]]:
+    """
+    What the language model's chat template says in place of our control tokens; and the rows of what it says behind
+    the end token, which an interaction in its own pieces ends with.
+    """
+    found, encode = turn_pieces(source_tokenizer), partial(source_tokenizer.encode, add_special_tokens=False)
+    if source_pieces(tokenizer) is not None:
+        _, _, rest = found.end.partition(tokenizer.eos_token)
+        return {}, [[token_id, -100, 0] for token_id in encode(rest)]
+    texts = {"[BOS]": "", "[Q]": found.query, "[A]": found.answer, "[EOS]": found.end}
+    return {tokenizer.convert_tokens_to_ids(token): encode(text) for token, text in texts.items()}, []
 
 
 def _in_template(

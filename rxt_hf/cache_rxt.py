@@ -132,7 +132,7 @@ class STMCache:
         return self.states.numel() * self.states.element_size()
 
     def wait(self) -> "STMCache":
-        """This memory, once it has been written: at once, unless it comes from `update_memory="async"`."""
+        """Waits for a pending write (`update_memory="async"`) and returns the memory; returns at once otherwise."""
         return self
 
     def __len__(self) -> int:
@@ -147,11 +147,11 @@ class STMCache:
         return self.fork()
 
     def fork(self) -> "STMCache":
-        """An independent copy with storage of its own; gradients flow through it."""
+        """Returns an independent copy with storage of its own; gradients flow through it."""
         return self.replace(self.states.clone(), self.turns.clone())
 
     def select(self, rows: int | slice | Sequence[int] | Sequence[bool] | torch.Tensor) -> "STMCache":
-        """A copy of the given rows, in the given order. A single `int` gives a batch of one."""
+        """Returns a copy of the given rows in the given order. A single `int` gives a batch of one."""
         if isinstance(rows, torch.Tensor):
             rows = rows.to(self.device)
         elif not isinstance(rows, (int, slice)):
@@ -162,10 +162,10 @@ class STMCache:
     @classmethod
     def cat(cls, caches: Sequence["STMCache"]) -> "STMCache":
         """
-        The rows of several memories as one batch.
+        Joins the rows of several memories in one batch.
 
         Raises:
-            `ValueError`: if there are none, or if they differ in layers, slots, width, dtype or the writer's weights.
+            `ValueError`: if the list is empty, or if layers, slots, width, dtype or the writer's weights differ.
         """
         caches = list(caches)
         if not caches:
@@ -184,7 +184,7 @@ class STMCache:
         return first.replace(torch.cat([c.states for c in caches]), torch.cat([c.turns for c in caches]))
 
     def repeat(self, n: int) -> "STMCache":
-        """Each row `n` times in a row, as `torch.repeat_interleave` does: the layout of `num_return_sequences`."""
+        """Repeats each row `n` times, as `torch.repeat_interleave` does: the layout of `num_return_sequences`."""
         if n < 1:
             raise ValueError(f"STMCache.repeat needs n >= 1, got {n}.")
         return self.replace(self.states.repeat_interleave(n, dim=0), self.turns.repeat_interleave(n, dim=0))
@@ -194,27 +194,27 @@ class STMCache:
         return self.replace(self.states.to(*args, **kwargs))
 
     def detach(self) -> "STMCache":
-        """The same numbers, cut off from the graph."""
+        """Returns the same numbers, detached from the graph."""
         return self.replace(self.states.detach())
 
     def replace(self, states: torch.Tensor, turns: torch.Tensor | Sequence[int] | int | None = None) -> "STMCache":
-        """The memory with other states, and other turns if given; the fingerprint stays."""
+        """Returns the memory with other states, and other turns if given; the fingerprint stays."""
         return STMCache(states, self.turns if turns is None else turns, self.fingerprint)
 
     def save(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """
-        Writes one safetensors file. Whatever interrupts it (an error, a full disk, a killed process), `path` holds
-        either the former file or the new one, complete. What a killed save left behind goes with the next save.
+        Writes one safetensors file. After any interruption (an error, a full disk, a killed process) `path` holds the
+        complete old file or the complete new one. The next save removes what a killed one left behind.
 
         Args:
             path: The file.
-            dtype (`torch.dtype`, *optional*): How the states are stored: as they are by default, or in `float32`,
-                `float16` or `bfloat16`, which `load` then gives back, or in `int8` with one scale for each slot:
+            dtype (`torch.dtype`, *optional*): Dtype of the stored states (default: their own). `load` gives `float32`,
+                `float16` and `bfloat16` back as stored. `int8` has one scale for each slot:
 
                     scale = max|slot| / 127,  code = round(slot / scale)
 
-                which `load` gives back in the dtype that they have now, each number to within about half a scale.
-                What has been through such a file once goes through it again without any loss.
+                `load` gives it back in the dtype of now, each number to within about half a scale. A second save of
+                what such a file gave back loses nothing more.
 
         Raises:
             `StateError`: if the states are empty, not finite (in `dtype`), or neither float32, float16 nor bfloat16.
@@ -223,7 +223,7 @@ class STMCache:
 
     def to_bytes(self, dtype: torch.dtype | None = None) -> bytes:
         """
-        What `save` writes into a file, for a database or a network.
+        Returns the content that `save` writes into a file, for a database or a network.
 
         Args:
             dtype (`torch.dtype`, *optional*): as in `save`.
@@ -263,20 +263,20 @@ class STMCache:
         allow_other_weights: bool = False,
     ) -> "STMCache":
         """
-        Reads a file written by `save`, bit-identical and in its dtype (for int8: see there). Nothing in the file is
-        ever executed, and nothing of its claimed size is allocated before the claim agrees with the size of the file.
+        Reads a file written by `save`: bit-identical and in its dtype (see `save` for int8). Nothing in the file is
+        executed, and memory is allocated only after the claimed size agrees with the size of the file.
 
         Args:
             path: The file.
             model (*optional*): Refuses a memory of another shape (by `model.config`) or of other weights (by
                 `model.memory_fingerprint()`).
             device (*optional*, defaults to the CPU): Where the tensors go.
-            allow_other_weights (`bool`): Takes a memory of other weights all the same, as one of `model`, for those
-                who know that they fit; one of another shape is refused.
+            allow_other_weights (`bool`): Accepts a memory that other weights wrote, as if `model` had written it. A
+                memory of another shape is still refused.
 
         Raises:
             `StateError`: if the file is damaged, foreign, of a newer version, or does not belong to `model`.
-            `FileNotFoundError`: if there is none.
+            `FileNotFoundError`: if there is no file.
         """
         if os.path.exists(path) and not os.path.isfile(path):
             raise StateError(f"{path} is not a regular file, expected an STMCache file.")
@@ -294,7 +294,7 @@ class STMCache:
         allow_other_weights: bool = False,
     ) -> "STMCache":
         """
-        The memory that `to_bytes` wrote, or that a file holds, with all the checks of `load`.
+        Reads the content of a file, or what `to_bytes` returned, with all checks of `load`.
 
         Args:
             data (`bytes`): The whole content of a file.
@@ -331,8 +331,8 @@ class STMCache:
 
 class PendingSTMCache(STMCache):
     """
-    A memory that is still being written. It is used like any other: the first use of what it holds waits for the
-    write, and raises its error if it failed, then and at every later use.
+    A memory that is still being written. It is used like any other: the first use waits for the write. If the write
+    failed, this and every later use raises its error.
 
     Args:
         future (`concurrent.futures.Future`): gives the written [`STMCache`].
@@ -343,12 +343,12 @@ class PendingSTMCache(STMCache):
 
     def wait(self, timeout_s: float | None = None) -> STMCache:
         """
-        The written memory.
+        Waits for the write and returns the written memory.
 
         Args:
-            timeout_s (`float`, *optional*): seconds to wait at most.
+            timeout_s (`float`, *optional*): longest wait in seconds (default: no limit).
 
-        Raises: `TimeoutError` after `timeout_s`, and whatever the write raised.
+        Raises: `TimeoutError` after `timeout_s`, and the error of the write if it failed.
         """
         return self._future.result(timeout_s)
 
@@ -371,7 +371,7 @@ class PendingSTMCache(STMCache):
 
 def as_stm_cache(value: Any, *, batch_size: int | None = None, config: Any = None) -> STMCache:
     """
-    The `STMCache` that a caller passed as such or as a plain tensor, checked before any forward.
+    Returns the `STMCache` that a caller passed as such or as a plain tensor, checked before any forward.
 
     Args:
         value (`STMCache` or `torch.Tensor` of shape `(batch_size, num_memory_layers, num_memory_slots, hidden_size)`):
@@ -415,7 +415,7 @@ def _memory_shape(config: Any) -> tuple[int, int, int]:
 
 
 class _Header(NamedTuple):
-    """What a state file says about itself. `to_bytes` is the only spelling of it that is written and accepted."""
+    """The header of a state file. `to_bytes` is the only spelling that is written and accepted."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -484,7 +484,7 @@ def _check_numbers(prefix: str, states: torch.Tensor, turns: torch.Tensor) -> No
 
 
 def check_fingerprint(name: str, found: str | None, expected: str) -> None:
-    """Refuses what other weights than those of the fingerprint `expected` have written."""
+    """Raises [`StateError`] if other weights than those of the fingerprint `expected` wrote the memory."""
     if not fingerprints_match(found, expected):
         raise StateError(
             f"{name} is refused: the fingerprint {_short(found)!r}, expected {_short(expected)!r}, says that other "
@@ -493,14 +493,14 @@ def check_fingerprint(name: str, found: str | None, expected: str) -> None:
 
 
 def _short(fingerprint: str | None) -> str | None:
-    """As it is, or if it is long the start of its hash."""
+    """Returns a short fingerprint as it is, and the start of the hash of a long one."""
     if fingerprint is None or len(fingerprint) <= 64:
         return fingerprint
     return hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
 
 
 def _check_model(header: _Header, model: Any, path: str, allow_other_weights: bool) -> str | None:
-    """The fingerprint that the memory has from now on."""
+    """Returns the fingerprint that the memory has from now on."""
     expected = _memory_shape(model.config)
     _expect(path, "(num_memory_layers, num_memory_slots, hidden_size)", tuple(header.shape[1:]), expected)
     fingerprint = model.memory_fingerprint()
@@ -647,8 +647,8 @@ if STMCache not in _pytree.SUPPORTED_NODES:
 
 class TurnCache(EncoderDecoderCache):
     """
-    Keys and values of one turn: those of its tokens, and those of the memory that the turn was started with, which it
-    also remembers, so that another memory within the turn is noticed.
+    Keys and values of one turn: those of its tokens, and those of the memory that the turn started with. The cache
+    also keeps that memory, so that a change of memory within the turn is noticed.
     """
 
     def __init__(self, *caches: Any):
@@ -658,7 +658,7 @@ class TurnCache(EncoderDecoderCache):
 
     @classmethod
     def of(cls, cache: Cache | None) -> Cache | None:
-        """An `EncoderDecoderCache` as one of ours that shares all its parts; any other cache as it is."""
+        """Returns a `TurnCache` that shares all parts of an `EncoderDecoderCache`, and any other cache as it is."""
         if not isinstance(cache, EncoderDecoderCache) or isinstance(cache, cls):
             return cache
         shared = cls(cache.self_attention_cache, cache.cross_attention_cache)

@@ -25,7 +25,7 @@ GRAPHS = {
     "update": (("stm", "input_ids", "attention_mask"), ("new_stm",)),
 }
 SETTINGS_NAME, INITIAL_STM_NAME = "rxt.json", "initial_stm.safetensors"
-# of these the frequencies depend on the longest position seen, so that a fixed graph cannot hold them
+# RoPE types whose frequencies depend on the sequence length; a fixed graph cannot hold them
 GROWING_ROPE = ("dynamic", "longrope")
 
 
@@ -92,7 +92,7 @@ def _stacked(cache: Any) -> torch.Tensor:
 
 
 class TurnRunner:
-    """Greedy turns by the three graphs, whatever computes them."""
+    """Plays greedy turns with the three graphs; a subclass says what runs them."""
 
     settings: dict[str, Any]
     initial_stm: torch.Tensor | None
@@ -102,7 +102,7 @@ class TurnRunner:
         return torch.device("cpu")
 
     def run(self, graph: str, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        """Outputs of the graph `"prefill"`, `"decode"` or `"update"`, in the order of `GRAPHS`."""
+        """Runs the graph `"prefill"`, `"decode"` or `"update"` and returns its outputs in the order of `GRAPHS`."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -110,19 +110,19 @@ class TurnRunner:
         self, input_ids: Any, attention_mask: Any = None, stm: Any = None, max_new_tokens: int | None = None
     ) -> tuple[Any, Any]:
         r"""
-        One turn: ids and memory of [`~RxTForCausalLM.generate`] with `do_sample=False`.
+        Plays one turn, as [`~RxTForCausalLM.generate`] does with `do_sample=False`.
 
         Args:
             input_ids (tensor or array of shape `(batch_size, tokens)`): the prompts, padded on the left.
             attention_mask (of the same shape, *optional*): 0 at padding.
             stm (of shape `(batch_size, num_memory_layers, num_memory_slots, hidden_size)`, *optional*): the memory of
-                the turns before; it is not changed. By default the initial one.
-            max_new_tokens (`int`, *optional*, defaults to `answer_length`).
+                earlier turns, which is not changed (default: the initial one).
+            max_new_tokens (`int`, *optional*): longest answer in tokens (default: `answer_length`).
 
-        Returns: prompts and answers, with padding behind the end of each answer, and the memory after this turn.
+        Returns: prompts and answers, padded after the end of each answer, and the memory after this turn.
 
-        Raises: `ValueError` for what does not fit the fixed shapes, for a prompt that ends with padding, and without
-        `stm` if the initial memory is noise.
+        Raises: `ValueError` if a tensor does not fit the fixed shapes, if a prompt ends with padding, or if `stm` is
+        missing and the initial memory is noise.
         """
         settings = self.settings
         prompt_length, pad = settings["prompt_length"], settings["pad_token_id"]
@@ -169,8 +169,9 @@ class TurnRunner:
 @dataclass
 class RxTGraphs(TurnRunner):
     r"""
-    One turn of a model, without the model. `P` is `prompt_length`, `A` is `answer_length`; a slot is one of the
-    `P + A` places of a turn, prompts end at slot `P - 1`, and an `attention_mask` is 1 at the tokens so far.
+    One turn of a model as three graphs that need no model. `P` is `prompt_length` and `A` is `answer_length`. A slot
+    here is one of the `P + A` places of a turn; prompts end at slot `P - 1`. An `attention_mask` is 1 at all tokens so
+    far.
 
     Args:
         prefill (`ExportedProgram`): `input_ids (batch_size, P), attention_mask (batch_size, P), stm` to `logits
@@ -182,7 +183,7 @@ class RxTGraphs(TurnRunner):
         update (`ExportedProgram`): `stm, input_ids (batch_size, P + A), attention_mask (batch_size, P + A)` to
             `new_stm`. A row without a token keeps its memory bit-identical.
         settings (`dict`): shapes and token ids, as in `rxt.json`.
-        initial_stm (`torch.Tensor`, *optional*): the memory before the first turn, where it is no noise.
+        initial_stm (`torch.Tensor`, *optional*): the memory before the first turn, unless it is noise.
     """
 
     prefill: ExportedProgram
@@ -205,13 +206,13 @@ class RxTGraphs(TurnRunner):
 
     def save_onnx(self, folder: str | os.PathLike) -> Path:
         """
-        Writes `prefill.onnx`, `decode.onnx` and `update.onnx`, each with the weights it needs, `rxt.json` and, unless
-        it is noise, the initial memory.
+        Writes `prefill.onnx`, `decode.onnx` and `update.onnx`, each with the weights that it needs, `rxt.json`, and
+        the initial memory unless it is noise.
 
         Returns: the folder.
 
         Raises: `ImportError` without the packages of the extra `onnx`, `ValueError` for graphs in bfloat16, which
-        numpy does not have.
+        numpy lacks.
         """
         _require("onnx", "onnxscript")
         if torch.bfloat16 in {value.dtype for value in self.prefill.state_dict.values()}:
@@ -231,10 +232,10 @@ class RxTGraphs(TurnRunner):
 
 class OnnxRxT(TurnRunner):
     r"""
-    Turns by onnxruntime: `generate` takes arrays or tensors and returns numpy arrays.
+    Plays turns with onnxruntime: `generate` takes arrays or tensors and returns numpy arrays.
 
     Args:
-        folder: what [`RxTGraphs.save_onnx`] wrote.
+        folder: the folder that [`RxTGraphs.save_onnx`] wrote.
         session_kwargs (*optional*): go to `onnxruntime.InferenceSession`, for example `providers`.
 
     Raises: `ImportError` without onnxruntime.
@@ -265,19 +266,20 @@ def export_graphs(
     model: RxTForCausalLM, *, batch_size: int = 1, prompt_length: int = 64, answer_length: int = 64
 ) -> RxTGraphs:
     r"""
-    Exports a turn in three graphs of fixed shapes, which share the model's weights and hold none of its code: read
-    the prompt, read one token, write the memory.
+    Exports a turn as three graphs of fixed shapes: read the prompt, read one token, write the memory. They share the
+    model's weights and hold none of its code.
 
     Args:
         model ([`RxTForCausalLM`]): is not changed.
         batch_size (`int`): number of conversations.
         prompt_length (`int`): shorter prompts are padded on the left.
-        answer_length (`int`): the most tokens of an answer, the end token included.
+        answer_length (`int`): longest answer in tokens, the end token included.
 
     Returns: [`RxTGraphs`] in the model's dtype and on its device.
 
-    Raises: `ValueError` for a turn longer than `max_position_embeddings`, and for what has no fixed graph: training
-    mode, flash and flex attention, experts not in `batched_mm`, and the `rope_type`s `dynamic` and `longrope`.
+    Raises: `ValueError` for a turn longer than `max_position_embeddings`, and for models without a fixed graph: in
+    training mode, with flash or flex attention, with experts not in `batched_mm`, or with the `rope_type` `dynamic` or
+    `longrope`.
     """
     config = model.config
     _check_exportable(model, prompt_length + answer_length)

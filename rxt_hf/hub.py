@@ -101,7 +101,7 @@ memory = load_memory("{{ name }}", model)
 chat = RxTSession(model, tokenizer, stm_cache=memory)
 ```
 
-A memory holds what was said to the model, in a form that no eye can read: treat it as you would treat the text.
+A memory holds what was said to the model, in a form that nobody can read: treat it as you would treat the text.
 
 ## Licence and patent notice
 
@@ -124,15 +124,15 @@ def export(
     Writes weights, configuration, tokenizer, model card and the model's code into a folder that `AutoConfig`,
     `AutoModel`, `AutoModelForCausalLM` and `AutoTokenizer` load with `trust_remote_code=True`, without this package.
 
-    Everything is written beside `folder` first: an error leaves a former export as it was. Then files of the same name
-    are replaced, weights of a former export are removed, and other files stay. The generation config goes without its
-    `max_new_tokens`.
+    Everything is written beside `folder` first, so an error leaves an earlier export as it was. Then files of the same
+    name are replaced, weights of the earlier export are removed, and other files stay. The generation config goes
+    without its `max_new_tokens`.
 
     Args:
-        model ([`RxTForCausalLM`]): nothing is registered on it or its class; ordinary saves stay ordinary.
+        model ([`RxTForCausalLM`]): is not changed; later calls of `save_pretrained` write no code.
         tokenizer (*optional*): saved with its chat template.
         card (`str`, *optional*): text of `README.md`, such as [`model_card`] returns. By default one that is there is
-            kept, else one without results is written.
+            kept; otherwise a card without results is written.
         push_to_hub (`str`, *optional*): the Hub repository, `"owner/name"`, that the files are uploaded to. It is
             created if it does not exist.
         save_kwargs: go to [`~PreTrainedModel.save_pretrained`], for example `max_shard_size` or `token`.
@@ -172,8 +172,8 @@ def model_card(
     **metadata: Any,
 ) -> str:
     r"""
-    Text of a model card: what the model is, how to run it, where it comes from, and what was measured; no number that
-    is not given. The header holds the same for the Hub.
+    Returns the text of a model card: what the model is, how to run it, where it comes from, and the given results. The
+    header holds the same for the Hub.
 
     Args:
         name (`str`): the repository or folder that the example loads.
@@ -182,11 +182,11 @@ def model_card(
         base_model (`str`, *optional*): repository of the model that this one was made from.
         datasets (`Iterable[str]`, *optional*): names of the data sets that it was trained on.
         data (`str`, *optional*): a sentence about that data.
-        license (`str`, *optional*): of the weights. Default: Apache-2.0, but "unknown" if there is a `base_model`.
-        licence_notice (`str`): a sentence more about it.
+        license (`str`, *optional*): licence of the weights (default: Apache-2.0, or "unknown" with a `base_model`).
+        licence_notice (`str`): a sentence about that licence.
         metadata: further fields of `huggingface_hub.ModelCardData`, such as `language`.
 
-    Raises: `ValueError` for a result without the fields that `EvalResult` needs, or with others.
+    Raises: `ValueError` for a result that lacks a field of `EvalResult`, or has another one.
     """
     evaluated, datasets = [_as_result(result) for result in results], list(datasets)
     metadata = {"license": license or ("unknown" if base_model else "apache-2.0")} | metadata
@@ -227,14 +227,14 @@ def export_memory(
     token: str | bool | None = None,
 ) -> Path:
     r"""
-    Writes a memory and its card into a folder, so that it can be shared: a system prompt that has been written once,
-    say. Everything is written beside `folder` first, as [`export`] does it.
+    Writes a memory and its card into a folder, to be shared: for example a system prompt that has been written once.
+    Everything is written beside `folder` first, as in [`export`].
 
     Args:
-        stm_cache ([`STMCache`]): as a turn or `RxTSession.stm_cache` gives it, with the fingerprint of its model.
-        description (`str`): what was written into it.
+        stm_cache ([`STMCache`]): the memory, with the fingerprint of the model that wrote it.
+        description (`str`): what the memory holds.
         base_model (`str`): repository of the model that wrote it.
-        license (`str`): of what was written into it.
+        license (`str`): licence of the text that the memory holds.
         push_to_hub (`str`, *optional*): the Hub repository, `"owner/name"`; created if it does not exist.
 
     Returns: the folder.
@@ -275,11 +275,11 @@ def load_memory(
     **hub_kwargs: Any,
 ) -> STMCache:
     r"""
-    The memory that [`export_memory`] wrote, from a folder or the Hub. With `model` it is refused if another model
-    wrote it, see [`STMCache.load`], and comes on the model's device.
+    Loads the memory that [`export_memory`] wrote, from a folder or the Hub. With `model`, a memory of another model is
+    refused (see [`STMCache.load`]), and the memory is on the model's device.
 
     Args:
-        allow_other_weights (`bool`): takes a memory of other weights all the same, if its shape fits.
+        allow_other_weights (`bool`): accepts a memory that other weights wrote, if its shape fits.
         hub_kwargs: go to `huggingface_hub.hf_hub_download`, for example `revision` or `token`.
 
     Raises: [`StateError`] for a damaged file or another model's, `FileNotFoundError` for a folder without a memory.
@@ -292,7 +292,7 @@ def load_memory(
 
 
 def code_files(model: RxTForCausalLM) -> list[Path]:
-    """The file that defines the model's class, and all that it imports relatively."""
+    """Returns the file that defines the model's class, and all files that it imports relatively."""
     modeling = sys.modules[type(model).__module__].__file__
     if modeling is None:
         raise ValueError(f"{type(model)} comes from no file, so its code cannot be exported.")
@@ -318,7 +318,7 @@ def _as_folder(folder: str | os.PathLike) -> Path:
 
 
 def _replace(folder: Path, write: Callable[[Path], None]) -> list[str]:
-    """Lets `write` fill a folder beside `folder`, and moves it there when it is whole. Returns the files' names."""
+    """Lets `write` fill a folder beside `folder`, moves it there when it is complete, and returns the file names."""
     # One fixed name per target: what a killed export left is overwritten by the next one.
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

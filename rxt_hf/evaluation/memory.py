@@ -52,14 +52,14 @@ COLLAPSED_RANK = 1.5
 
 def token_losses(model: RxTForCausalLM, batch: Mapping[str, torch.Tensor], memory: Memory = "own") -> torch.Tensor:
     r"""
-    Cross-entropy of each labelled token of a batch of episodes, in order. Every turn is written into the memory, but
-    only turns with a label are decoded: most of the cost of a deep decoder with a small memory.
+    Returns the cross-entropy of each labelled token of a batch of episodes, in order. Every turn is written into the
+    memory, but only turns with a label are decoded, since decoding is most of the cost.
 
     Args:
         batch: `input_ids`, `attention_mask` and `labels` of shape `(batch_size, turns, tokens)`.
-        memory: what is read: the row's own memory, the initial one, or that of the row before.
+        memory: the memory to read: the row's own, the initial one (cleared), or the previous row's (shuffled).
 
-    Raises: `ValueError` for a shuffled batch of one row, in which there is no other memory.
+    Raises: `ValueError` for a shuffled batch of one row, which has no other memory.
     """
     inner, mask, labels = model.model, batch["attention_mask"], batch["labels"]
     if memory == "shuffled" and len(labels) < 2:
@@ -80,7 +80,7 @@ def token_losses(model: RxTForCausalLM, batch: Mapping[str, torch.Tensor], memor
 
 
 def sampled(folder: str, split: str, number: int | None, *, skip_bad_rows: bool = False) -> list[dict[str, Any]]:
-    """All dialogues of a split, or so many of them, the same ones every time: files are sorted by topic."""
+    """Returns `number` random dialogues of a split, the same ones every time, or all of them without a number."""
     dialogues = list(read_episodes(folder, split, skip_bad_rows=skip_bad_rows))
     if not dialogues:
         raise ValueError(f"{folder} holds no dialogue in which something is answered.")
@@ -88,7 +88,7 @@ def sampled(folder: str, split: str, number: int | None, *, skip_bad_rows: bool 
 
 
 def fact_dialogues(number: int, num_turns: int) -> list[dict[str, Any]]:
-    """The test dialogues that [`recall`] plays, in which the values that are asked for are marked as recalled."""
+    """Returns the test dialogues that [`recall`] plays, with the values that are asked for marked as recalled."""
     dialogues = []
     for seed in range(FIRST_TEST_SEED, FIRST_TEST_SEED + number):
         turns = generate_dialogue(seed, split="seen", num_turns=num_turns)["interactions"]
@@ -102,7 +102,7 @@ def _recalled_value(turn: Mapping[str, Any]) -> list[list[int]]:
 
 
 def recalled_at(dialogues: Iterable[Mapping[str, Any]], low: int, high: int) -> Iterator[dict[str, Any]]:
-    """The dialogues with those of their recalled words alone that were last said `low` to `high` turns before."""
+    """Yields the dialogues with only those recalled words that were last said `low` to `high` turns before."""
     for dialogue in dialogues:
         turns = [
             turn | {"recall": [span for span in turn.get("recall") or [] if low <= span[2] <= high]}
@@ -113,10 +113,10 @@ def recalled_at(dialogues: Iterable[Mapping[str, Any]], low: int, high: int) -> 
 
 class Dialogues:
     r"""
-    Encoded dialogues in batches of about equal turns, none of which has one row unless there is but one dialogue.
+    Encoded dialogues in batches of similar length; each has at least two rows if there are two dialogues.
 
     Attributes:
-        episodes ([`Episodes`]): the dialogues that have an answer within the limit, cut there.
+        episodes ([`Episodes`]): the dialogues, cut before their first interaction of more than `max_tokens` tokens.
         batches: pairs of indices into `episodes`, and their padded `input_ids`, `attention_mask`, `labels`, and
             `distances`: 0, or for recalled words the number, from 1, in `DISTANCES`.
     """
@@ -165,8 +165,10 @@ def on_device(model: Any, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.
 @torch.no_grad()
 def figures_of(losses_of: Callable[[Mapping[str, torch.Tensor]], torch.Tensor], dialogues: Dialogues) -> dict:
     """
-    `answer_perplexity`: `[perplexity, tokens]` of the answers, of all and by turn from 1, and `recall_loss`:
-    `[nats per token, tokens]` of recalled words, of all and by distance, from the losses of a batch's labelled tokens.
+    Summarises the losses of the labelled tokens.
+
+    Returns: `answer_perplexity`, `[perplexity, tokens]` of the answers, over all and by turn from 1; and
+    `recall_loss`, `[nats per token, tokens]` of recalled words, over all and by distance.
     """
     losses, turns, distances = [], [], []
     for _, batch in dialogues.batches:
@@ -184,7 +186,7 @@ def figures_of(losses_of: Callable[[Mapping[str, torch.Tensor]], torch.Tensor], 
 
 
 def teacher_forced(model: RxTForCausalLM, dialogues: Dialogues) -> dict[str, dict[str, dict[str, list]]]:
-    """[`figures_of`] by memory, under every one the same tokens."""
+    """Returns [`figures_of`] for each memory, on the same tokens."""
     found: dict[str, dict[str, dict[str, list]]] = {"answer_perplexity": {}, "recall_loss": {}}
     for memory in dialogues.memories:
         figures = figures_of(
@@ -209,7 +211,7 @@ def greedy(
     max_new_tokens: int,
     update_memory: bool = False,
 ) -> tuple[list[str], STMCache]:
-    """Answers to prompts of token ids, one row of the memory each, and the memory after them."""
+    """Answers prompts of token ids, one for each row of the memory, and returns the answers and the next memory."""
     inputs = left_padded(list(prompts), tokenizer.pad_token_id, model.device)
     width = inputs["input_ids"].shape[1]
     room = max(1, min(max_new_tokens, model.config.max_position_embeddings - width))
@@ -220,7 +222,7 @@ def greedy(
 def closed_loop(
     model: Any, tokenizer: Any, dialogues: Dialogues, memory: Memory = "own", *, max_new_tokens: int
 ) -> list[tuple[str, str]]:
-    """`(answer, reference)` of every turn that has one; under its own memory a dialogue holds the model's answers."""
+    """Returns `(answer, reference)` of every answered turn; the own memory holds the model's answers."""
     if memory == "shuffled":
         raise ValueError('closed_loop reads the memory "own" or "cleared", got "shuffled".')
     pairs, turns_of = [], [dialogue["interactions"] for dialogue in dialogues.episodes.dialogues]
@@ -251,7 +253,7 @@ def closed_loop(
 
 
 def bleu(model: Any, tokenizer: Any, dialogues: Dialogues, *, max_new_tokens: int) -> dict[str, Any]:
-    """BLEU of all greedy answers, by words, under the own memory and a cleared one."""
+    """Returns the word-level BLEU of all greedy answers, with the own memory and with a cleared one."""
     scores: dict[str, Any] = {}
     for memory in ("own", "cleared"):
         pairs = closed_loop(model, tokenizer, dialogues, memory, max_new_tokens=max_new_tokens)
@@ -265,11 +267,12 @@ def probes(
     model: RxTForCausalLM, tokenizer: Any, dialogues: Dialogues, *, max_new_tokens: int
 ) -> dict[str, Any] | None:
     r"""
-    The probes of the dialogues, each asked from the memory of all true interactions, which it does not change; under
-    a cleared memory and another dialogue's, which are the floor, too.
+    Asks the probes of the dialogues, each from the memory of all true interactions, which the probe does not change.
+    The same with a cleared memory and with another dialogue's gives the floor.
 
-    Returns: None without probes, else by memory `questions`, `exact` (share of answers that are one of the accepted
-    ones, in any case), `contains` (share in which one stands as whole words), and `exact_by_distance`.
+    Returns: None if there are no probes; else, for each memory, `questions`, `exact` (share of answers equal to an
+    accepted one, ignoring case), `contains` (share that contains an accepted one as whole words) and
+    `exact_by_distance`.
     """
     last: dict[int, torch.Tensor] = {}
     for indices, batch in dialogues.batches:
@@ -301,7 +304,7 @@ def probes(
 
 
 def probe_scores(asked: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> dict[str, Any]:
-    """What [`probes`] says of one memory."""
+    """Returns the figures of [`probes`] for one memory."""
     exact, contains = [], []
     for probe, answer in zip(asked, answers, strict=True):
         accepted, given = [text.lower() for text in probe["answers"]], answer.strip().lower()
@@ -317,7 +320,7 @@ def probe_scores(asked: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> 
 
 
 def fact_recall(model: RxTForCausalLM, tokenizer: Any, number: int) -> dict[str, Any]:
-    """[`recall`] on so many generated dialogues, by memory."""
+    """Returns [`recall`] on `number` generated dialogues, for each memory."""
     return {
         memory: recall(model, tokenizer, num_turns=FACT_TURNS, num_dialogues=number, control=control)
         for memory, control in CONTROLS.items()
@@ -328,8 +331,8 @@ def fact_recall(model: RxTForCausalLM, tokenizer: Any, number: int) -> dict[str,
 @contextlib.contextmanager
 def gate_values(model: RxTForCausalLM) -> Generator[dict[str, list[torch.Tensor]], None, None]:
     """
-    By name of the gate, what it weighs the update with at each write, of `(batch_size, num_memory_slots)`:
-    `sigmoid(g)` or `1 + tanh(g)`, mean over elements. Gates without activation weigh nothing and are left out.
+    Collects, for each gate, the weight of the update at each write, of shape `(batch_size, num_memory_slots)`:
+    `sigmoid(g)` or `1 + tanh(g)`, mean over elements. Gates without an activation have no weight and are left out.
     """
     values: dict[str, list[torch.Tensor]] = defaultdict(list)
 
@@ -355,7 +358,7 @@ def gate_values(model: RxTForCausalLM) -> Generator[dict[str, list[torch.Tensor]
 
 @contextlib.contextmanager
 def eager_attention(model: Any) -> Generator[None, None, None]:
-    """Only this implementation gives its weights."""
+    """Switches to eager attention for a while: no other implementation returns its weights."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -369,12 +372,12 @@ def look_inside(
     model: RxTForCausalLM, feature: Mapping[str, Any], turns: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     r"""
-    One dialogue's memory, written with its true answers.
+    Follows the memory of one dialogue, written with its true answers.
 
     Returns: `turns` (what was said), and nested lists of `(turns, layers, slots)`: `change` (norm of the difference to
-    the slot before, by that of the slot before), `cosine_to_before`, `cosine_to_initial`, `norm`, `read` (weights of
-    the cross-attention, mean over heads and the tokens of the answer; zeros where there is none) and, by kind of gate,
-    `gates`; `effective_rank` is of `(turns, layers)`, None at a turn whose memory is not finite.
+    the slot before, divided by the norm of the slot before), `cosine_to_before`, `cosine_to_initial`, `norm`, `read`
+    (weights of the cross-attention, mean over heads and the tokens of the answer; zeros where there is none) and, by
+    kind of gate, `gates`; `effective_rank` is of `(turns, layers)`, None at a turn whose memory is not finite.
     """
     inner = model.model
     batch = on_device(model, RxTEpisodeCollator(0)([dict(feature)]))
@@ -408,12 +411,12 @@ def look_inside(
 
 
 def _rounded(values: torch.Tensor) -> list:
-    """Nested lists of numbers with five decimals: they are looked at."""
+    """Returns nested lists of numbers, rounded to five decimals for display."""
     return values.cpu().double().mul(1e5).round().div(1e5).tolist()
 
 
 def alarms_of(inside: Mapping[str, Any], slots: int) -> list[str]:
-    """Sentences on memories that are not finite, whose slots are nearly one vector, or that a turn left unchanged."""
+    """Returns a sentence for each memory that is not finite, has collapsed slots, or was left unchanged by a turn."""
     found = []
     for turn, (ranks, change) in enumerate(zip(inside["effective_rank"], inside["change"], strict=True), 1):
         if ranks is None:
@@ -434,8 +437,8 @@ def linear_probes(
     number: int,
 ) -> dict[str, dict[str, Any]]:
     r"""
-    Whether a linear map finds the value of an attribute in the memory: ridge regression on one-hot values. The value
-    is stated in the first turn; the turns after it say other things.
+    Measures whether a linear map finds the value of an attribute in the memory, by ridge regression on one-hot values.
+    The value is stated in the first turn; later turns say other things.
 
     Returns: for each attribute `majority` (the accuracy of the most frequent value), `values`, `held_out` (dialogues)
     and `accuracy` by memory layer, and of `all`: one figure after each turn, on dialogues that the map has not seen.
@@ -480,7 +483,7 @@ def _probing_dialogues(attribute: str, number: int) -> tuple[list[list[Mapping[s
 
 
 def _memories_by_turn(model: RxTForCausalLM, tokenizer: Any, dialogues: list) -> Iterator[torch.Tensor]:
-    """States of all dialogues after each turn; only those of one turn are kept at a time."""
+    """Yields the states of all dialogues after each turn; only one turn's states are kept at a time."""
     pad = RxTEpisodeCollator(tokenizer.pad_token_id)
     states = list(model.model.initial_states(len(dialogues)).split(ROWS))
     for number in range(PROBED_TURNS):
@@ -494,7 +497,7 @@ def _memories_by_turn(model: RxTForCausalLM, tokenizer: Any, dialogues: list) ->
 
 
 def _kernel(features: torch.Tensor, train: slice) -> torch.Tensor:
-    """Inner products of the rows, from the mean of those to train on."""
+    """Returns the inner products of the rows, centred on the mean of the training rows."""
     rows = upcast(features.flatten(1))
     rows = rows - rows[train].mean(0)
     return (rows @ rows.T).cpu().double()
@@ -515,7 +518,7 @@ def evaluate_dialogues(
     max_tokens: int = 64,
     inside: int = 4,
 ) -> dict[str, Any]:
-    """What can be measured on any dialogues: see the functions of the same names; `inside` of them are looked into."""
+    """Measures all that any dialogues allow; the memories of the first `inside` of them are shown turn by turn."""
     model.eval()
     encoded = Dialogues(tokenizer, dialogues, max_tokens=min(max_tokens, model.config.max_position_embeddings))
     episodes = encoded.episodes

@@ -1,7 +1,7 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Recall of facts over turns, closed loop: the model's own answers are what its memory, or its history, holds. Greedy, or
-sampled at temperature 1 from the whole vocabulary, which is what reinforcement learning optimises.
+Recall of facts over turns in closed loop: the memory, or the history, holds the model's own answers. Answers are
+greedy, or sampled at temperature 1 from the whole vocabulary, as reinforcement learning samples them.
 
     python -m rxt_hf.evaluation.recall MODEL --split seen --turns 8 --dialogues 100
 """
@@ -30,7 +30,7 @@ SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "t
 def left_padded(
     rows: list[list[int]], pad_token_id: int, device: torch.device | str | None = None
 ) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask` of (rows, longest row)."""
+    """Returns `input_ids` and `attention_mask` of shape (rows, longest row)."""
     width = max(map(len, rows))
     ids = torch.tensor([[pad_token_id] * (width - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
@@ -57,7 +57,7 @@ class RxTArm:
         out = self.model.generate(**inputs, stm_cache=memory, max_new_tokens=max_new_tokens, **self.generation)
         self.stm_cache = out.stm_cache
         if self.control != "none":
-            # the memory is written as ever; only what this turn reads is another's, or nothing
+            # the memory is written as always; only this turn reads another memory, or the initial one
             read = self.model.init_stm(len(queries))
             if self.control == "other_memory":
                 read = memory.select(torch.arange(len(queries)).roll(1))
@@ -68,7 +68,7 @@ class RxTArm:
 
 
 class HistoryArm:
-    """Answers from the text of the conversation: all of it, or of the current turn only."""
+    """Answers from the text of the whole conversation, or of the current turn only."""
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ def answer_perplexity(
     full_history: bool = False,
     first_seed: int = FIRST_TEST_SEED,
 ) -> float:
-    """Perplexity of the reference answers' tokens, teacher forced, with equal label masks for every arm."""
+    """Returns the teacher-forced perplexity of the reference answers, with equal label masks for every model."""
     model.eval()
     collate = RxTEpisodeCollator(tokenizer.pad_token_id)
     total, count = 0.0, 0

@@ -52,7 +52,7 @@ def by_memory(title: str, found: Mapping[str, Mapping[str, Sequence]]) -> list[l
 
 
 def tables(report: Mapping[str, Any], source: str) -> list[tuple[str, list[list[str]]]]:
-    """Titles, and rows of which the first is a head, of all figures of one source but those of its inside."""
+    """Returns a title and rows, the head first, for each table of a source; the inside of memories is left out."""
     found = report["sources"][source]
     blocks = [
         (f"{source}: perplexity of true answers", by_memory("memory; turn", found["answer_perplexity"])),
@@ -221,7 +221,7 @@ def _inside(number: int, inside: Mapping[str, Any]) -> str:
 
 
 def page(report: Mapping[str, Any]) -> str:
-    """The whole page. Text of dialogues, names and the command are other people's: all of it is escaped."""
+    """Returns the whole page. Dialogues, names and the command come from other people, so all text is escaped."""
     layers, slots, width = report["memory"]
     facts = report["environment"] | {
         "command": report["command"],

@@ -83,7 +83,7 @@ METRICS = {
     "first_token_s": ("time to first token, ms", 1e3),
     "token_s": ("time per further token, ms", 1e3),
     "turn_s": ("turn, ms", 1e3),
-    "write_s": ("of it the memory write, ms", 1e3),
+    "write_s": ("memory write within the turn, ms", 1e3),
     "state_bytes": ("state after the turn, KiB", 1 / 1024),
     "flops": ("GFLOP", 1e-9),
 }
@@ -340,7 +340,7 @@ def turn_ratios(samples: dict[int, Samples]) -> dict[str, float]:
 
 
 def write_ratios(samples: dict[int, Samples]) -> dict[str, float]:
-    """The write's share of a turn, and what the user notices of it where it is asynchronous."""
+    """Returns the write's share of a turn, and the part of it that a user waits for if it is asynchronous."""
     found = {}
     written, deferred = ([each for cells in samples.values() for each in cells.get(arm, ())] for arm in RXT_ARMS)
     if written:

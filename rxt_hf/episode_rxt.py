@@ -25,7 +25,7 @@ from .cache_rxt import STMCache
 
 
 class RxTEpisodeMixin:
-    """What [`RxTModel`] does with an episode."""
+    """The part of [`RxTModel`] that handles episodes."""
 
     def read_episode(
         self: Any,
@@ -39,14 +39,18 @@ class RxTEpisodeMixin:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, STMCache]:
         """
-        Hidden states of (batch_size, turns, tokens, hidden_size), each turn read under the memory written from the
-        turns before it, and the memory after the last. Masks of (batch_size, turns) are 0 for turns that are not
-        written, and for those that are not decoded: hidden states are then of (turns read, tokens, hidden_size).
-        Raises `ValueError` for a cache or a memory mask, which belong to one turn.
+        Reads an episode turn by turn, each turn under the memory written from the turns before it.
+
+        `write_mask` and `read_mask` of (batch_size, turns) are 0 for turns that are not written or not decoded.
+
+        Returns: hidden states of (batch_size, turns, tokens, hidden_size), or with `read_mask` of (turns read, tokens,
+        hidden_size); and the memory after the last turn.
+
+        Raises: `ValueError` for a cache or a memory mask, which belong to one turn.
         """
         refuse_one_turns(cache, memory_mask)
         states, turns, fingerprint = self._read(stm_cache, inputs_embeds.shape[0])
-        # behind the last turn that is written all read the same; processes that share parameters write equally often
+        # all turns after the last written one read the same; processes that share parameters write equally often
         last = inputs_embeds.shape[1]
         if write_mask is None:
             write_mask = attention_mask
@@ -71,7 +75,7 @@ class RxTEpisodeMixin:
         return hidden_states.unflatten(0, inputs_embeds.shape[:2]), stm_cache
 
     def _carried(self: Any, states, turn):
-        """What the write of that turn takes of the memory: cut off from the graph at every `bptt_turns`-th turn."""
+        """Returns the memory that the write of a turn starts from, detached at every `bptt_turns`-th turn."""
         bptt_turns = self.config.bptt_turns
         ends = bptt_turns == 0 or (bptt_turns and turn and turn % bptt_turns == 0)
         return states.detach() if ends else states
@@ -84,11 +88,11 @@ class RxTEpisodeMixin:
         states: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        What each turn of an episode `inputs_embeds` of (batch_size, turns, tokens, hidden_size) reads, of
-        (batch_size, turns, num_memory_layers, num_memory_slots, hidden_size), and the memory after the last. The same
-        numbers as turn by turn: all turns are encoded at once, unless they are encoded under the memory that they
-        read, and only the writes are in sequence. `write_mask`, as `attention_mask` of (batch_size, turns, tokens), is
-        0 at tokens that are not written.
+        Writes the turns of an episode `inputs_embeds` of (batch_size, turns, tokens, hidden_size). Returns the memory
+        that each turn reads, of (batch_size, turns, num_memory_layers, num_memory_slots, hidden_size), and the final
+        one. Equals a loop over turns, but all turns are encoded in one batch, unless they are encoded in passing.
+        `write_mask`, of the shape of `attention_mask` (batch_size, turns, tokens), is 0 at tokens that are not
+        written.
         """
         turns, encoded_by_turn = inputs_embeds.shape[1], None
         if self.config.memory_encoding != "decoder_in_passing":
@@ -108,7 +112,7 @@ class RxTEpisodeMixin:
 
 
 class RxTCausalEpisodeMixin:
-    """What [`RxTForCausalLM`] does with an episode."""
+    """The part of [`RxTForCausalLM`] that handles episodes."""
 
     def episode_fields(
         self: Any,
@@ -118,7 +122,7 @@ class RxTCausalEpisodeMixin:
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The fields of the output for an episode; `inputs` are those of [`RxTModel`]."""
+        """Returns the output fields of an episode; `inputs` are those of [`RxTModel`]."""
         tokens = inputs["input_ids"] if inputs["inputs_embeds"] is None else inputs["inputs_embeds"][..., 0]
         missing = missing_turns(self, tokens)
         if missing:
@@ -163,7 +167,7 @@ class RxTCausalEpisodeMixin:
         }
 
     def _trained_episode(self: Any, inputs, labels, num_items_in_batch, **kwargs):
-        """Loss and memory of an episode, of which the turns with a label are decoded; no logits."""
+        """Returns loss and memory of an episode. Only turns with a label are decoded, and there are no logits."""
         is_read = (labels[..., 1:] != -100).any(-1)
         if inputs["read_mask"] is not None:
             is_read &= inputs["read_mask"].bool()
@@ -177,7 +181,7 @@ class RxTCausalEpisodeMixin:
         return dict(outputs) | {"loss": loss}
 
     def _labelled_loss(self: Any, hidden_states, labels, num_items_in_batch, **kwargs):
-        """Loss of turns of (rows, tokens); the head is computed only where the next token has a label."""
+        """Returns the loss of turns of (rows, tokens); the head is computed only where the next token has a label."""
         targets = labels[:, 1:]
         is_target = targets != -100
         return self.loss_function(
@@ -191,8 +195,8 @@ class RxTCausalEpisodeMixin:
 
     def _recomputed_episode(self: Any, inputs, labels, is_read, num_items_in_batch, **kwargs):
         """
-        The same with each turn recomputed in the backward pass: between turns only the memory is kept, so that peak
-        memory hardly grows with the number of turns.
+        Returns the same with each turn recomputed in the backward pass. Only the memory is kept between turns, so peak
+        use hardly grows with the number of turns.
         """
         refuse_one_turns(inputs["cache"], inputs["memory_mask"])
         embeds = inputs["inputs_embeds"]
@@ -221,7 +225,7 @@ class RxTCausalEpisodeMixin:
 
 
 def refuse_one_turns(cache, memory_mask):
-    """What belongs to one turn has no place in an episode."""
+    """Raises `ValueError` for arguments that belong to one turn and have no place in an episode."""
     if cache is not None:
         raise ValueError(
             "An episode of (batch, turns, tokens) keeps no cache of keys and values, nor the prefixes that PEFT puts "
@@ -232,14 +236,14 @@ def refuse_one_turns(cache, memory_mask):
 
 
 def by_turn(encoded, turns):
-    """For each turn what writes it, by layer, from that of (batch_size * turns) rows."""
+    """Splits encoded interactions of (batch_size * turns) rows, by layer, into those of each turn."""
     split = [[part.unflatten(0, (-1, turns)).unbind(1) for part in layer] for layer in encoded]
     return [[tuple(part[turn] for part in layer) for layer in split] for turn in range(turns)]
 
 
 @contextlib.contextmanager
 def whole_layers(module: nn.Module):
-    """For turns that are recomputed as a whole: their layers would be recomputed once more each."""
+    """Disables per-layer checkpointing while a whole turn is recomputed; each layer would run twice."""
     layers = [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
     settings = [layer.gradient_checkpointing for layer in layers]
     for layer in layers:
@@ -252,7 +256,7 @@ def whole_layers(module: nn.Module):
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether processes hold a part of every parameter each (FSDP2, ZeRO-3) and gather it together."""
+    """Returns whether each process holds a part of every parameter (FSDP2, ZeRO-3), gathered before its use."""
     distributed = torch.distributed
     if not distributed.is_available() or not distributed.is_initialized():
         return False
@@ -261,8 +265,8 @@ def is_sharded(module: nn.Module) -> bool:
 
 def missing_turns(module: nn.Module, episode: torch.Tensor) -> int:
     """
-    How many turns fewer than on another rank an episode of (batch_size, turns, ...) has here: ranks that gather the
-    parameters together must all call every layer equally often.
+    Returns how many turns this rank's episode of (batch_size, turns, ...) lacks compared with the longest of all
+    ranks. Ranks that gather parameters together must call every layer equally often.
     """
     if not is_sharded(module):
         return 0
@@ -273,7 +277,7 @@ def missing_turns(module: nn.Module, episode: torch.Tensor) -> int:
 
 
 def pad_turns(episode: torch.Tensor | None, missing: int, value: int = 0) -> torch.Tensor | None:
-    """(batch_size, turns, ...) with so many turns more."""
+    """Pads `episode` of (batch_size, turns, ...) with `missing` extra turns."""
     if episode is None or not missing:
         return episode
     return torch.cat([episode, episode.new_full((len(episode), missing, *episode.shape[2:]), value)], dim=1)

@@ -40,7 +40,7 @@ class _Interaction(NamedTuple):
 
 
 class _State(NamedTuple):
-    """All that a turn changes, replaced as a whole: nobody ever sees half a turn."""
+    """Everything that a turn changes. It is replaced as a whole, so nobody sees half a turn."""
 
     base: STMCache
     memory: STMCache
@@ -53,14 +53,14 @@ class RxTSession:
     One conversation with a Reactive Transformer. The model reads the query of this turn and the memory, never the
     history, which is kept for display and for `forget` only. Any number of sessions and threads may share one model.
 
-    Whatever fails or is cancelled leaves the session as it was before the call. Calls from several threads run one
-    after the other.
+    A call that fails or is cancelled leaves the session as it was before. Calls from several threads run one after the
+    other.
 
     Args:
-        model ([`RxTForCausalLM`]): is not changed.
-        tokenizer (`PreTrainedTokenizerFast`): with the chat template of RxT.
-        stm_cache ([`STMCache`] or `torch.Tensor` with one row, *optional*): the memory to go on from; copied. By
-            default the initial one.
+        model ([`RxTForCausalLM`]): the model; it is not changed.
+        tokenizer (`PreTrainedTokenizerFast`): a tokenizer with the chat template of RxT.
+        stm_cache ([`STMCache`] or `torch.Tensor` with one row, *optional*): the memory to start from, which is copied
+            (default: the initial one).
         system (`str`, *optional*): a system prompt. It is written into the memory once, before the first turn.
         generate_defaults (*optional*): arguments of [`~RxTForCausalLM.generate`] for every turn.
 
@@ -94,12 +94,12 @@ class RxTSession:
         system: str | None = None,
         **generate_defaults: Any,
     ):
-        # of any class with this interface, also one that was loaded from the Hub with its own code
+        # any class with this interface will do, also one that was loaded from the Hub with its own code
         self.model: Any = model
         self.tokenizer = tokenizer
         self.generate_defaults = generate_defaults
         self._lock = threading.Lock()
-        # those that have a turn here or wait for one
+        # ids of the threads that have a turn here or wait for one
         self._threads: set[int] = set()
         memory = _own_memory(model, stm_cache)
         if system is not None:
@@ -118,19 +118,19 @@ class RxTSession:
 
     @property
     def history(self) -> list[dict[str, str]]:
-        """The logged turns as `{"query": ..., "answer": ...}`; a list of its own."""
+        """Returns the logged turns as `{"query": ..., "answer": ...}`, in a new list."""
         return [{"query": turn.query, "answer": turn.answer} for turn in self._state.log]
 
     def send(self, text: str, **generate_kwargs: Any) -> str:
         r"""
-        One turn: the answer to `text`. With `update_memory=False` neither the memory nor the history keeps it.
+        Plays one turn and returns the answer to `text`. With `update_memory=False` neither memory nor history keep it.
 
         Args:
             generate_kwargs (*optional*): arguments of [`~RxTForCausalLM.generate`]. `max_new_tokens` defaults to that
-                of the generation config, else 128, and is cut to what the query leaves of the context.
+                of the generation config, or else to 128; it is cut to the room that the query leaves.
 
-        Raises: `ValueError` for an empty text, one that is no valid Unicode, and one that leaves no room for an
-        answer in `max_position_embeddings`.
+        Raises: `ValueError` for a text that is empty, is not valid Unicode, or leaves no room for an answer in
+        `max_position_embeddings`.
         """
         prompt, kwargs = self._prepare(text, generate_kwargs)
         with self._one_turn():
@@ -139,24 +139,24 @@ class RxTSession:
 
     def stream(self, text: str, **generate_kwargs: Any) -> "AnswerStream":
         """
-        As `send`, but the answer comes in pieces while a thread generates it; joined, they are the answer. Both
-        `for` and `async for` take it; the latter never blocks its event loop while it waits. The turn counts once the
-        iterator has ended; closing it before cancels the turn, and so does cancelling the task that waits for a
-        piece. An error is raised at the iterator.
+        Plays one turn like `send`, but returns an iterator over pieces of the answer, which a thread generates. `for`
+        and `async for` take it; `async for` does not block its event loop. The turn counts once the iterator has
+        ended. Closing the iterator earlier cancels the turn, and so does cancelling the task that waits for a piece.
+        Errors are raised at the iterator.
         """
         prompt, kwargs = self._prepare(text, generate_kwargs)
         return AnswerStream(self._stream(text, prompt, kwargs))
 
     def fork(self) -> "RxTSession":
-        """An independent session that goes on from here, also by `copy.deepcopy`; model and tokenizer are shared."""
+        """Returns an independent session that goes on from here, as `copy.deepcopy` does; the model is shared."""
         session = object.__new__(type(self))
         session.__setstate__({**self.__getstate__(), "generate_defaults": dict(self.generate_defaults)})
         return session
 
     def undo(self) -> None:
         """
-        Back to before the last turn. The memory is bit-identical to then for one turn; earlier ones, and all after
-        `load`, are replayed from the log, which computes the same writes again.
+        Takes the last turn back. The first call restores the memory of before bit by bit; further calls, and all calls
+        after `load`, compute the memory again from the log.
 
         Raises: `ValueError` if there is no logged turn.
         """
@@ -171,9 +171,8 @@ class RxTSession:
 
     def forget(self, turn: int) -> None:
         """
-        Makes the memory what it would be if one turn had never been written: all others are written again, in order,
-        from the logged token ids. It costs one memory write for each logged turn, and no generation. What later
-        answers said of the turn stays.
+        Makes the memory what it would be if one turn had never been written. All other turns are written again, in
+        order, from the logged token ids; nothing is generated. What later answers said about the turn stays.
 
         Args:
             turn (`int`): index into `history`; 0 is the first, -1 the last.
@@ -190,8 +189,8 @@ class RxTSession:
     def save(self, path: str | os.PathLike) -> None:
         """
         Writes the memory to `path`, an [`STMCache`] file that is complete by itself, and the log to `path` + ".json".
-        Each of the two is the former file or the new one, whatever interrupts the save. The log carries a checksum
-        over itself and its memory: one that does not belong to the memory beside it is never used.
+        After any interruption, each of the two is the complete old file or the complete new one. The log carries a
+        checksum over itself and its memory, so a log is never used with another memory.
 
         Raises: [`StateError`] if the memory cannot be saved.
         """
@@ -217,8 +216,8 @@ class RxTSession:
         **generate_defaults: Any,
     ) -> "RxTSession":
         """
-        The conversation that `save` wrote, with a bit-identical memory. Without its log the conversation goes on all
-        the same, but its history starts empty, and `undo` and `forget` do not reach behind the load.
+        Loads the conversation that `save` wrote, with a bit-identical memory. Without its log the conversation still
+        goes on, but its history starts empty, and `undo` and `forget` do not reach back before the load.
 
         Raises: [`StateError`] if the memory is damaged or another model's, or the log another tokenizer's;
         `FileNotFoundError` if there is no memory.
@@ -239,7 +238,7 @@ class RxTSession:
         return self.fork()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything, model and tokenizer included, but the lock and who waits for it."""
+        """Returns everything, model and tokenizer included, except the lock and the threads that wait for it."""
         return {name: value for name, value in vars(self).items() if name not in ("_lock", "_threads")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -256,7 +255,7 @@ class RxTSession:
         return prompt, {**kwargs, "max_new_tokens": min(wanted, left)}
 
     def _encode(self, role: str, text: str) -> torch.Tensor:
-        """Token ids of the prompt, or of the whole interaction that a system prompt is; of shape (1, tokens)."""
+        """Returns the token ids of a prompt, or of a system prompt as a whole interaction, of shape (1, tokens)."""
         if not isinstance(text, str):
             raise TypeError(f"The text must be a str, got {type(text).__name__}.")
         if not text.strip():
@@ -289,7 +288,7 @@ class RxTSession:
 
     @contextlib.contextmanager
     def _only_turn_of_thread(self) -> Generator[None, None, None]:
-        """The thread that streams a turn would wait for itself, so it gets an error."""
+        """Raises an error in the thread that streams a turn, which would otherwise wait for itself."""
         thread = threading.get_ident()
         if thread in self._threads:
             raise RuntimeError("A turn of this session is being streamed: finish or close its iterator first.")
@@ -300,13 +299,13 @@ class RxTSession:
             self._threads.discard(thread)
 
     def _settle(self) -> _State:
-        """Waits for an asynchronous write; one that failed takes its turn back, and its error is raised."""
+        """Waits for an asynchronous write. If it failed, the turn is rolled back and the error re-raised."""
         state = self._state
         try:
             state.memory.wait()
         except Exception:
-            # the error of the write itself, raised again: the memory before it is good. An interrupt of this wait,
-            # which is no Exception, says nothing about the write and takes nothing back
+            # the write itself failed, and the memory before it is good. An interrupt of this wait is no Exception: it
+            # says nothing about the write, so the turn stays
             self._state = _State(state.base, state.previous or state.base, state.log[:-1])
             raise
         return state
@@ -363,9 +362,9 @@ class RxTSession:
 
 class AnswerStream(Iterator[str], AsyncIterator[str]):
     """
-    The pieces of one answer, as [`RxTSession.stream`] gives them, for `for` or `async for`. An iteration that is left
-    early should end with `close` or `aclose` (`contextlib.closing`, `contextlib.aclosing`): a stream that is only
-    dropped is closed too, but `async for` then waits for one token without its event loop.
+    Iterator over the pieces of one answer, from [`RxTSession.stream`], for `for` or `async for`. Call `close` or
+    `aclose` (`contextlib.closing`, `contextlib.aclosing`) when you leave it early: a stream that is only dropped is
+    closed too, but then `async for` blocks its event loop for one token.
     """
 
     def __init__(self, arriving: Generator[Future, None, None]):
@@ -399,12 +398,12 @@ class AnswerStream(Iterator[str], AsyncIterator[str]):
         self._arriving.close()
 
     async def aclose(self) -> None:
-        """As `close`. Cancelling this wait does not keep the turn from being cancelled."""
+        """Cancels a turn like `close`, without blocking. Cancelling this wait does not save the turn."""
         await asyncio.to_thread(self._arriving.close)
 
 
 class _Pieces(TextStreamer):
-    """Each piece of a growing answer as a future; `None` is the end of the turn, its memory write included."""
+    """Holds each piece of a growing answer as a future; `None` is the end of the turn, memory write included."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -442,19 +441,19 @@ class _Cancel(StoppingCriteria):
 
 def send_batch(sessions: Sequence[RxTSession], texts: Sequence[str], **generate_kwargs: Any) -> list[str]:
     r"""
-    One turn of each of many sessions in one `generate`. Greedy answers are those of separate `send`s, and so are the
-    memories but for rounding; each row keeps the `max_new_tokens` that it would have alone, whatever room the others'
-    queries leave. All sessions take their turn, or none does.
+    Plays one turn of each of many sessions in one `generate`. Greedy answers equal those of separate `send`s, and so
+    do the memories up to rounding. Each row keeps the `max_new_tokens` that it would have alone. All sessions take
+    their turn, or none does.
 
     Args:
-        sessions (`Sequence[RxTSession]`): different ones, on one model object and with equal tokenizers.
-        texts (`Sequence[str]`): one for each session.
-        generate_kwargs (*optional*): as in [`RxTSession.send`]. What the sessions' own defaults say must agree, except
-            for `max_new_tokens`.
+        sessions (`Sequence[RxTSession]`): different sessions with one model object and equal tokenizers.
+        texts (`Sequence[str]`): one text for each session.
+        generate_kwargs (*optional*): as in [`RxTSession.send`]. The sessions' own defaults must agree, except for
+            `max_new_tokens`.
 
     Returns: the answers, in the order of `sessions`.
 
-    Raises: what [`RxTSession.send`] raises, and `ValueError` for sessions that cannot be a batch.
+    Raises: the errors of [`RxTSession.send`], and `ValueError` for sessions that cannot be a batch.
     """
     sessions, texts = list(sessions), list(texts)
     _check_batch(sessions, texts)
@@ -489,7 +488,7 @@ def send_batch(sessions: Sequence[RxTSession], texts: Sequence[str], **generate_
             del token_ids[start + limits[row] :]
             answers.append(_decode(session.tokenizer, token_ids[start:]))
             if output.stm_cache is not memory:
-                # a row that went on beyond its own room, while the others still spoke, is written again without that
+                # a row that went past its own limit, because others still spoke, is written again without the excess
                 is_cut = len(token_ids) < length
                 new = session._write(state.memory, [token_ids]) if is_cut else _row_of(output.stm_cache, row)
                 state = _after_turn(state, new, _Interaction(texts[row], answers[row], array("i", token_ids)))
@@ -514,7 +513,7 @@ def _check_batch(sessions: list[RxTSession], texts: list[str]) -> None:
 
 
 def _left_padded(rows: list[torch.Tensor], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask of (rows, longest row)."""
+    """Returns ids and mask of shape (rows, longest row)."""
     mask = [torch.ones_like(row) for row in rows]
     return (
         pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side="left"),
@@ -536,7 +535,7 @@ class _PendingRow(PendingSTMCache):
         self._written: Any = None
 
     def wait(self, timeout_s: float | None = None) -> STMCache:
-        # read before what was written is: whoever finds no batch here finds the row there
+        # read the batch first: a thread that finds it gone finds the row written
         batch = self._batch
         if self._written is None:
             self._written = batch.wait(timeout_s).select(self._row)
@@ -594,7 +593,7 @@ def _checksum(memory: STMCache, log: dict[str, Any]) -> str:
 
 
 def _read_log(path: Path, memory: STMCache) -> dict[str, Any] | None:
-    """The log, or nothing if there is none that belongs to the memory."""
+    """Returns the log, or None if there is none that belongs to the memory."""
     try:
         log = json.loads(path.read_bytes())
         if log.pop("checksum") == _checksum(memory, log):

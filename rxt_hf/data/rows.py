@@ -15,7 +15,7 @@ from typing import Any
 ROLES = ("system", "user", "tool", "assistant")
 # names in `from` of what is called ShareGPT
 SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool"} | {role: role for role in ROLES}
-# what may be null, and is then as good as not there
+# columns that may be null, which counts as missing
 COLUMNS = {"interactions", "messages", "conversations", "query", "answer", "instruction", "input", "output"}
 COLUMNS |= {"system", "history", "probes"}
 FIELDS = {"query", "answer", "answers", "instruction", "role", "thinking", "tool_calls", "recall", "rejected"}

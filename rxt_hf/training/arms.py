@@ -1,6 +1,6 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """
-What an RxT is compared with: models of transformers with as many parameters, on the same tokens and label masks.
+Baselines: models of transformers with as many parameters as an RxT, on the same tokens and label masks.
 
     rxt             reads one turn and its memory
     current_turn    a Llama that reads one turn alone
@@ -32,7 +32,7 @@ MAMBA_STATE, MAMBA_HEAD = 64, 32
 
 
 def build_model(arm: str, config: RxTConfig) -> PreTrainedModel:
-    """The RxT, or the model of an arm with about as many parameters: as many layers as fit, then wider ones."""
+    """Builds the RxT, or a baseline with about as many parameters: as many layers as fit, then wider ones."""
     if arm == "rxt":
         return RxTForCausalLM(config)
     target = sum(p.numel() for p in RxTForCausalLM(config).parameters())
@@ -93,7 +93,7 @@ def _build_mamba(config: RxTConfig, room: int) -> Mamba2ForCausalLM:
 
 
 def arranged(episodes: Iterable[dict[str, Any]], arm: str) -> Iterator[dict[str, Any]]:
-    """The same tokens and label masks for every arm; only what can be seen from a turn differs."""
+    """Returns the same tokens and label masks for every model; only what a turn can see differs."""
     for episode in episodes:
         if arm == "rxt":
             yield episode

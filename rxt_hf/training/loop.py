@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.collator import RxTEpisodeCollator
 
-# the learning rate falls twice: from the top to 5 % of it, and for the last fifth of the run from 30 % to 2 %
+# the learning rate falls twice: from its peak to 5 %, and in the last fifth of the run from 30 % to 2 % of the peak
 SECOND_FALL_FROM = 0.8
 Options = TypeVar("Options")
 
@@ -23,7 +23,7 @@ Options = TypeVar("Options")
 def parse(
     options_class: type[Options], defaults: dict[str, Any], argv: list[str] | None
 ) -> tuple[Options, TrainingArguments]:
-    """A recipe's options and those of `Trainer`, of which the recipe says the `defaults`, from a command line."""
+    """Parses recipe options and `TrainingArguments`; `defaults` replaces defaults of both."""
     parser: Any = HfArgumentParser(cast("Any", (options_class, TrainingArguments)))
     parser.set_defaults(**defaults)
     return parser.parse_args_into_dataclasses(argv)

@@ -36,7 +36,7 @@ LossType = Literal["dpo", "apo_zero", "apo_down"]
 
 def preference_loss(chosen: torch.Tensor, rejected: torch.Tensor, loss_type: LossType = "dpo") -> torch.Tensor:
     r"""
-    The loss of each pair, from the rewards `r = beta * log(policy / reference)` of its answers:
+    Returns the loss of each pair from the rewards `r = beta * log(policy / reference)` of its answers:
 
         dpo        -log sigmoid(r_chosen - r_rejected)                      arXiv 2305.18290, equation 7
         apo_zero   sigmoid(r_rejected) - sigmoid(r_chosen)                  arXiv 2408.06266
@@ -60,8 +60,8 @@ def preference_loss(chosen: torch.Tensor, rejected: torch.Tensor, loss_type: Los
 
 def answer_log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """
-    Log probability of each label of (..., tokens) under `logits` of (..., tokens, vocab_size), of shape
-    (..., tokens - 1) and in float32 at least; 0 where the label is -100.
+    Returns the log probability of each label of (..., tokens) under `logits` of (..., tokens, vocab_size), of shape
+    (..., tokens - 1), in at least float32, and 0 where the label is -100.
     """
     logits, targets = upcast(logits[..., :-1, :]), labels[..., 1:]
     losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="none")
@@ -181,7 +181,7 @@ class PreferenceArguments(TrainingArguments):
 
 
 def check_reference(model: Any, reference_model: Any) -> Any:
-    """The frozen reference model, or None if the policy is an adapter that can be switched off."""
+    """Returns the frozen reference model, or None if the policy is an adapter that can be switched off."""
     if reference_model is not None:
         return reference_model.requires_grad_(False).eval()
     if not hasattr(model, "disable_adapter"):
@@ -194,7 +194,7 @@ def check_reference(model: Any, reference_model: Any) -> Any:
 
 @contextmanager
 def reference_of(policy: Any, reference_model: Any) -> Generator[Any, None, None]:
-    """The reference without gradients and dropout: the given model, else the policy with its adapter switched off."""
+    """Yields the reference without gradients and dropout: the given model, or the policy without its adapter."""
     with torch.no_grad():
         if reference_model is not None:
             yield reference_model

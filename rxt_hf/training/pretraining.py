@@ -48,7 +48,7 @@ class RxTForPreTrainingOutput(RxTCausalLMOutputWithPast):
 
 
 def resampled(states: torch.Tensor, attention_mask: torch.Tensor, num_slots: int) -> torch.Tensor:
-    """The real tokens of (batch_size, tokens, width), in order, interpolated to (batch_size, num_slots, width)."""
+    """Interpolates the real tokens of (batch_size, tokens, width), in order, to (batch_size, num_slots, width)."""
     real_first = attention_mask.long().argsort(dim=-1, descending=True, stable=True)
     last = (attention_mask.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
     places = (torch.arange(num_slots, device=states.device) + 0.5) / num_slots * (last + 1) - 0.5
@@ -156,7 +156,7 @@ class RxTForPreTraining(RxTForCausalLM):
         return RxTForPreTrainingOutput(loss=loss, mlm_loss=mlm_loss, mlm_logits=mlm_logits, **fields)
 
     def _memory_losses(self, input_ids, attention_mask):
-        """Each row's mean over turns, layers and slots of 1 - cosine of memory and target; the memory at the end."""
+        """Returns each row's mean of 1 - cosine(memory, target) over turns, layers and slots, and the final memory."""
         batch_size, turns, _ = input_ids.shape
         embeds, mask = self.model.embed(input_ids).flatten(0, 1), attention_mask.flatten(0, 1)
         encoded_states, position_embeddings = self.model.encoded_states(embeds, mask)
@@ -172,7 +172,7 @@ class RxTForPreTraining(RxTForCausalLM):
         active = attention_mask.any(dim=-1)
         states, loss = self.model.initial_states(batch_size), torch.zeros(batch_size, device=input_ids.device)
         for turn, turn_keys_values in enumerate(by_turn(keys_values, turns)):
-            # the first turn is nearly all that there is to remember; later ones are less and less of it
+            # the first turn is nearly all that there is to remember; later turns are a smaller and smaller share
             weight = 0.9 if turn == 0 else max(0.5 - 0.05 * turn, 0.1)
             target = torch.lerp(F.normalize(states.detach(), dim=-1), encoded_states[:, turn], weight)
             states = self.model._write(self.model._carried(states, turn), turn_keys_values, attention_mask[:, turn])

@@ -34,8 +34,8 @@ FIRST_SEED = 300_000_000
 
 def long_range_dialogue(seed: int, *, num_turns: int = 16, num_facts: int = 3, split: str = "train") -> Dialogue:
     """
-    A dialogue with a change of topic: `num_facts` statements, then small talk and statements and questions about other
-    things, and at last a question about each of the first facts.
+    Returns a dialogue with a change of topic: `num_facts` statements, then small talk, statements and questions about
+    other things, and finally a question about each of the first facts.
     """
     if num_turns < 2 * num_facts or num_facts < 1:
         raise ValueError(f"{num_facts} facts need at least {2 * num_facts} turns and one fact, got {num_turns} turns.")
@@ -61,9 +61,8 @@ def long_range_dialogue(seed: int, *, num_turns: int = 16, num_facts: int = 3, s
 
 class FactCurriculum(Dataset):
     """
-    Dialogues about facts, each a function of its index alone, as exact resuming wants it. Short dialogues whose
-    questions follow closely come first, then longer ones and such that come back to a topic after others; those of
-    one step have equally many turns. Use it with `train_sampling_strategy="sequential"`.
+    Dialogues about facts. Item i depends only on i, so runs resume exactly. Later items are longer and return to
+    earlier topics; the items of one step have equally many turns. Use it with `train_sampling_strategy="sequential"`.
     """
 
     def __init__(self, steps: int, dialogues_per_step: int, first_seed: int = FIRST_SEED):
@@ -94,8 +93,8 @@ def sample_episodes(
     max_new_tokens: int = 32,
 ) -> tuple[list[dict[str, list[list[int]]]], list[list[str]]]:
     """
-    Plays the queries of each dialogue `group_size` times, at temperature 1 from the whole distribution, which is what
-    the loss differentiates. Turns whose `answer` is None are written without being answered.
+    Plays the queries of each dialogue `group_size` times, sampling at temperature 1 from the whole distribution, which
+    the loss differentiates. Turns whose `answer` is None are written and not answered.
 
     Returns:
         For each sample, those of one dialogue next to each other: an episode as [`RxTEpisodeCollator`] takes it, with
@@ -144,7 +143,7 @@ def sample_episodes(
 
 
 def _until_end(answer: list[int], ends: Sequence[int]) -> list[int]:
-    """The tokens up to and including the first that ends an answer."""
+    """Returns the tokens up to and including the first end token."""
     return answer[: next((place + 1 for place, token in enumerate(answer) if token in ends), len(answer))]
 
 
@@ -164,7 +163,7 @@ def recall_reward(turn: Mapping[str, Any], answer: str) -> float:
 
 
 def saved_turn(place: int, turn: Mapping[str, Any]) -> int:
-    """The turn that an answer should draw on: where its fact was stated, else the turn before; -1 if there is none."""
+    """Returns the turn in which the fact of an answer was stated, else the turn before, or -1 without either."""
     return place - (turn.get("distance_stated") or 1)
 
 
@@ -184,7 +183,7 @@ def group_advantages(
         normalised_t = (reward_t - mean of the group) / (std of the group + 1e-4)
         advantage_t  = sum over s >= t of discount ** (s - t) * normalised_s
 
-    so an answer also counts for what later turns make of it. They sum to zero over a group.
+    so an answer also gets credit for later turns. Advantages sum to zero over a group.
 
     Args:
         rewards (`torch.Tensor` of shape `(rows, turns)`): `group_size` rows of each dialogue next to each other.
@@ -236,7 +235,7 @@ def clipped_loss(
 
 
 class RepeatedSampler(Sampler):
-    """The order of another sampler, where each `chunk` indices come `times` times; an incomplete chunk is dropped."""
+    """Repeats each chunk of `chunk` indices of another sampler `times` times; an incomplete chunk is dropped."""
 
     def __init__(self, sampler: Any, chunk: int, times: int):
         self.sampler, self.chunk, self.times = sampler, chunk, times
@@ -452,5 +451,5 @@ class ReinforcementTrainer(Trainer):
 
 
 def as_dialogues(features: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """The collator of dialogues, which become tensors only when they have been played."""
+    """Collates dialogues as they are; they become tensors when they have been played."""
     return {"dialogues": list(features)}

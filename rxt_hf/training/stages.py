@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..modeling_rxt import RxTForCausalLM
 from .pretraining import RxTForPreTraining
 
-# what a stage trains, by the start of the parameter's name; a name that does not start so gets no gradient in it
+# prefixes of the parameters trained in each stage; all others are frozen
 WRITE = ("model.memory_attention.", "model.initial_memory")
 READ = ("model.embed_tokens.", "model.layers.", "model.norm.", "model.memory_encoder.", "lm_head.")
 STAGES: dict[str, tuple[type[RxTForCausalLM], tuple[str, ...]]] = {
@@ -31,8 +31,8 @@ STAGES: dict[str, tuple[type[RxTForCausalLM], tuple[str, ...]]] = {
 
 def set_training_stage(model: RxTForCausalLM, stage: str) -> RxTForCausalLM:
     """
-    Leaves exactly those parameters trainable that get a gradient in the stage, as DDP and FSDP2 want it, and returns
-    the model. A single turn writes nothing that is read: episodes of `"memory_aware"` need two turns or more.
+    Freezes all parameters that get no gradient in the stage, as DDP and FSDP2 require, and returns the model. Episodes
+    of `"memory_aware"` need two turns or more: a single turn reads nothing that was written.
 
     Raises: `ValueError` for an unknown stage, and for a model whose class does not have the stage's loss.
     """
@@ -58,17 +58,17 @@ def unfreezing_optimizer(
     **optimizer_kwargs: Any,
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
     r"""
-    Optimizer and scheduler for `Trainer(optimizers=...)` that keep parts of the model still until a given step. Their
-    learning rate is 0 until then, and their gradient is computed all the same, so that DDP and FSDP2 see one graph
-    from the first step to the last.
+    Returns an optimizer and a scheduler for `Trainer(optimizers=...)` that freeze parts of the model until a given
+    step. The learning rate of these parts is 0 until then. Their gradients are still computed, so DDP and FSDP2 see
+    one graph throughout.
 
     Args:
-        schedule (`Mapping[str, int]`): start of a parameter's name, such as `"model.layers."`, to the optimizer step
-            that it moves from; the longest start that fits counts, and what no start fits moves from step 0.
+        schedule (`Mapping[str, int]`): prefixes of parameter names, such as `"model.layers."`, and the optimizer step
+            from which they are trained. The longest matching prefix counts; without one it is step 0.
         factor (`Callable`): share of the learning rate at a step.
         optimizer_kwargs (*optional*): of `optimizer_class`, such as `lr`.
 
-    Raises: `ValueError` for a start that no trainable parameter has.
+    Raises: `ValueError` for a prefix that matches no trainable parameter.
     """
     groups: dict[int, list[torch.nn.Parameter]] = {}
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The Reactive Transformer (arXiv 2510.03561): decoder, memory encoder, memory attention, and the causal LM."""
+"""The Reactive Transformer (arXiv 2510.03561): the decoder, how it reads and writes the memory, and the causal LM."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -35,8 +35,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithCrossAttentions,
 )
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
@@ -49,6 +48,28 @@ from .configuration_rxt import RxTConfig
 from .episode_rxt import RxTCausalEpisodeMixin, RxTEpisodeMixin
 from .fingerprint_rxt import execution_device, loaded_parameter, memory_fingerprint
 from .generation_rxt import RxTGenerationMixin, wait_for_writes
+from .layers_rxt import (
+    RxTAttention,
+    RxTMLP,
+    RxTRMSNorm,
+    RxTRotaryEmbedding,
+    RxTZeroLinear,
+    check_mask_shape,
+    one_query_attention,
+    positions_in_interaction,
+    rotary_tables,
+    upcast,
+)
+from .memory_rxt import (
+    RxTGateLinear,
+    RxTMemoryAttention,
+    RxTMemoryEncoder,
+    RxTMemorySelection,
+    RxTResidualGate,
+    filled_slots,
+    packed,
+    without_last_token,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -105,219 +126,6 @@ class RxTCausalLMOutputWithPast(CausalLMOutputWithCrossAttentions):
     stm_cache: STMCache | None = None
 
 
-def upcast(tensor: torch.Tensor) -> torch.Tensor:
-    """At least float32: half precisions are widened, float64 stays."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
-class RxTRMSNorm(nn.Module):
-    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        input_dtype = hidden_states.dtype
-        hidden_states = upcast(hidden_states)
-        variance = hidden_states.pow(2).mean(-1, keepdim=True)
-        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
-        return self.weight * hidden_states.to(input_dtype)
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
-
-
-class RxTRotaryEmbedding(nn.Module):
-    """
-    Cosine and sine of positions, (batch, tokens, head_dim) each. A forward changes nothing here, so that threads share
-    one module: of the rope types whose frequencies depend on the length ("longrope", "dynamic"), each row has those of
-    its own length, whatever came before it or stands beside it.
-    """
-
-    def __init__(self, config: RxTConfig):
-        super().__init__()
-        self.config = config
-        self.rope_type = config.rope_parameters["rope_type"]
-        self.attention_scaling = self.rope_init_fn(config)[1]
-        for name, frequencies in self.initial_frequencies().items():
-            self.register_buffer(name, frequencies, persistent=False)
-
-    @property
-    def rope_init_fn(self) -> Callable:
-        return ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
-
-    def initial_frequencies(self) -> dict[str, torch.Tensor]:
-        """What each buffer holds: the frequencies, and for "longrope" those of long interactions."""
-        frequencies = {"inv_freq": self.rope_init_fn(self.config)[0]}
-        if self.rope_type == "longrope":
-            beyond = self.config.rope_parameters["original_max_position_embeddings"] + 1
-            frequencies["long_inv_freq"] = self.rope_init_fn(self.config, seq_len=beyond)[0]
-        return frequencies
-
-    @staticmethod
-    def compute_default_rope_parameters(config: RxTConfig, **kwargs) -> tuple[torch.Tensor, float]:
-        """Inverse frequencies `rope_theta ** (-2 j / head_dim)`, and the scaling 1 of cosine and sine."""
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
-        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
-
-    def frequencies(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Of (head_dim / 2,), or (batch, 1, head_dim / 2) where they depend on the length."""
-        if self.rope_type not in ("longrope", "dynamic"):
-            return self.inv_freq
-        lengths = position_ids.amax(-1, keepdim=True) + 1
-        if self.rope_type == "longrope":
-            longest, grown = self.config.rope_parameters["original_max_position_embeddings"], self.long_inv_freq
-        else:
-            longest = self.config.max_position_embeddings
-            grown, _ = self.rope_init_fn(self.config, position_ids.device, seq_len=lengths)
-        return torch.where(lengths > longest, grown, self.inv_freq).unsqueeze(1)
-
-    @torch.no_grad()
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        inv_freq = self.frequencies(position_ids).to(device=x.device, dtype=torch.float)
-        freqs = position_ids[..., None].float() * inv_freq
-        emb = torch.cat((freqs, freqs), dim=-1)
-        cos = emb.cos() * self.attention_scaling
-        sin = emb.sin() * self.attention_scaling
-        return cos.to(dtype=x.dtype), sin.to(dtype=x.dtype)
-
-
-def rotary_tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What every layer rotates by, made once: (batch, 1, tokens, head_dim), the rotation's sign in the sine."""
-    first, second = sin.chunk(2, dim=-1)
-    return cos.unsqueeze(1), torch.cat((-first, second), dim=-1).unsqueeze(1)
-
-
-def rotate(states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary position embedding of (batch, heads, tokens, head_dim) in the half-split layout of Llama."""
-    cos, sin = position_embeddings
-    return states * cos + states.roll(states.shape[-1] // 2, dims=-1) * sin
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = F.softmax(upcast(weights), dim=-1).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    output = torch.matmul(weights, value).transpose(1, 2).contiguous()
-    return output, weights
-
-
-def one_query_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, None]:
-    """Two products for one query without a mask: in bfloat16 on a CPU, sdpa's kernel takes nine times as long."""
-    # three dimensions: of four, the compiler makes sums that are slower still
-    key, value = key.flatten(0, 1), value.flatten(0, 1)
-    weights = torch.bmm(query.reshape(len(key), module.num_key_value_groups, -1), key.transpose(1, 2)) * scaling
-    return torch.bmm(F.softmax(upcast(weights), dim=-1).to(value.dtype), value), None
-
-
-class RxTZeroLinear(nn.Linear):
-    """A linear layer that `_init_weights` fills with zeros."""
-
-
-class RxTAttention(nn.Module):
-    """
-    Attention with separate steps for queries, and for keys and values, so that those of a memory can be computed once
-    and used for many queries. Head counts are those of the role whose prefix is given; fewer heads than
-    `hidden_size // head_dim` is Sparse Query Attention.
-    """
-
-    is_causal = False
-
-    def __init__(
-        self,
-        config: RxTConfig,
-        layer_idx: int,
-        role: str = "",
-        *,
-        gated: bool = False,
-        use_qk_norm: bool = False,
-        zero_init: bool = False,
-    ):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        num_heads = getattr(config, f"{role}num_attention_heads")
-        num_key_value_heads = getattr(config, f"{role}num_key_value_heads")
-        self.num_key_value_groups = num_heads // num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.attention_dropout = config.attention_dropout
-        query_size, key_value_size = num_heads * self.head_dim, num_key_value_heads * self.head_dim
-        output_class = RxTZeroLinear if zero_init else nn.Linear
-        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
-        self.o_proj = output_class(query_size, config.hidden_size, bias=config.attention_output_bias)
-        self.gate_proj = nn.Linear(config.hidden_size, query_size, bias=False) if gated else None
-        self.head_gate = None
-        self.q_norm = RxTRMSNorm(self.head_dim, config.rms_norm_eps) if use_qk_norm else None
-        self.k_norm = RxTRMSNorm(self.head_dim, config.rms_norm_eps) if use_qk_norm else None
-
-    def queries(self, hidden_states, position_embeddings=None):
-        states = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim)
-        states = (states if self.q_norm is None else self.q_norm(states)).transpose(1, 2)
-        return states if position_embeddings is None else rotate(states, position_embeddings)
-
-    def keys_values(self, hidden_states, position_embeddings=None):
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        keys = self.k_proj(hidden_states).view(shape)
-        keys = (keys if self.k_norm is None else self.k_norm(keys)).transpose(1, 2)
-        keys = keys if position_embeddings is None else rotate(keys, position_embeddings)
-        return keys, self.v_proj(hidden_states).view(shape).transpose(1, 2)
-
-    def attention_interface(self, queries, attention_mask) -> Callable:
-        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-
-    def attend(self, hidden_states, queries, keys, values, attention_mask=None, **kwargs):
-        """Attention of projected states; `hidden_states` is what the queries, and the output gate, come from."""
-        output, weights = self.attention_interface(queries, attention_mask)(
-            self,
-            queries,
-            keys,
-            values,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            is_causal=self.is_causal,
-            **kwargs,
-        )
-        output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
-        if self.gate_proj is not None:
-            output = output * torch.sigmoid(self.gate_proj(hidden_states))
-        if self.head_gate is not None:
-            output = output * torch.tanh(self.head_gate).repeat_interleave(self.head_dim)
-        return self.o_proj(output), weights
-
-    def forward(self, hidden_states, key_value_states=None, attention_mask=None, position_embeddings=None):
-        """Bidirectional attention over `key_value_states`, by default over `hidden_states` themselves."""
-        queries = self.queries(hidden_states, position_embeddings)
-        keys, values = self.keys_values(
-            hidden_states if key_value_states is None else key_value_states, position_embeddings
-        )
-        return self.attend(hidden_states, queries, keys, values, attention_mask)
-
-
 class RxTSelfAttention(RxTAttention):
     """Causal self-attention of the decoder."""
 
@@ -367,18 +175,6 @@ class RxTMemoryCrossAttention(RxTAttention):
     def forward(self, hidden_states, keys, values, position_embeddings, attention_mask=None):
         queries = self.queries(hidden_states, position_embeddings)
         return self.attend(hidden_states, queries, keys, values, attention_mask)
-
-
-class RxTMLP(nn.Module):
-    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str, bias: bool):
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
-        self.act_fn = ACT2FN[hidden_act]
-
-    def forward(self, hidden_states):
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
 
 
 @use_experts_implementation
@@ -546,281 +342,6 @@ class RxTDecoderLayer(GradientCheckpointingLayer):
             )
             hidden_states = hidden_states + update
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-class RxTMemoryEncoderLayer(GradientCheckpointingLayer):
-    """Bidirectional self-attention and feed-forward."""
-
-    def __init__(self, config: RxTConfig, layer_idx: int):
-        super().__init__()
-        self.input_layernorm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = RxTAttention(
-            config,
-            layer_idx,
-            "memory_encoder_",
-            gated=config.use_gated_memory_encoder_attention,
-            use_qk_norm=config.use_qk_norm,
-        )
-        self.post_attention_layernorm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = RxTMLP(
-            config.hidden_size, config.memory_encoder_intermediate_size, config.hidden_act, config.mlp_bias
-        )
-
-    def forward(self, hidden_states, attention_mask=None, position_embeddings=None):
-        update, _ = self.self_attn(
-            self.input_layernorm(hidden_states), attention_mask=attention_mask, position_embeddings=position_embeddings
-        )
-        hidden_states = hidden_states + update
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-class RxTMemoryEncoder(nn.Module):
-    """Encodes a finished interaction: one residual stream for each memory layer, without a final norm."""
-
-    def __init__(self, config: RxTConfig):
-        super().__init__()
-        self.config = config
-        self.layers = nn.ModuleList(
-            [RxTMemoryEncoderLayer(config, layer_idx) for layer_idx in range(config.num_memory_layers)]
-        )
-
-    def forward(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    ) -> list[torch.Tensor]:
-        mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
-        )
-        hidden_states, encoded_states = inputs_embeds, []
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, mask, position_embeddings)
-            encoded_states.append(hidden_states)
-        return encoded_states
-
-
-class RxTGateLinear(nn.Linear):
-    """The linear layer of a residual gate over the slots' statuses: its bias starts as [`RxTResidualGate`] says."""
-
-
-class RxTResidualGate(nn.Module):
-    r"""
-    Blends the memory with its update (arXiv 2510.03561, residual gates), in float32 at least:
-
-        sigmoid   (1 - sigmoid(g)) * old + sigmoid(g) * new
-        tanh      (1 - tanh(g)) * old + (1 + tanh(g)) * new
-        none      old + new
-
-    The logits `g` are a parameter (`memory_gate_type="static"`), a parameter times a status (`"elementwise"`), or a
-    linear map of it plus a bias (`"linear"`): one for each layer, slot or element (`memory_gate_granularity`). A
-    slot's status (`memory_gate_status`) is the mean of `old + new`, a learned projection of it, or the slot itself:
-    for `"linear"` both `old` and `new`, for `"elementwise"` their sum.
-
-    Parameters and biases that belong to a slot start spread over `memory_gate_init - 2` to `memory_gate_init + 2`: the
-    write is otherwise the same map for all slots, and would draw them together to one.
-    """
-
-    def __init__(self, config: RxTConfig):
-        super().__init__()
-        self.gate_type = config.memory_gate_type
-        self.activation = config.memory_gate_activation
-        self.status = config.memory_gate_status
-        self.granularity = config.memory_gate_granularity
-        self.gate = self.gate_bias = self.slot_status = None
-        if self.activation == "none":
-            return
-        slots, width = config.num_memory_slots, config.hidden_size
-        shape = {"layer": (1,), "slot": (slots, 1), "element": (slots, width)}[self.granularity]
-        if self.gate_type != "linear":
-            self.gate = nn.Parameter(torch.empty(shape))
-        elif self.status == "slot":
-            self.gate = nn.Linear(2 * width, shape[-1], bias=False)
-            self.gate_bias = nn.Parameter(torch.empty(shape))
-        else:
-            self.gate = RxTGateLinear(slots, shape[0])
-        if self.gate_type != "static" and self.status == "linear":
-            self.slot_status = nn.Linear(width, 1)
-
-    def logits(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """Gate logits, which broadcast to (batch_size, num_memory_slots, hidden_size)."""
-        if self.gate_type == "static":
-            return self.gate
-        old = old.to(new.dtype)
-        if self.gate_type == "linear" and self.status == "slot":
-            slots = torch.cat([old, new], dim=-1)
-            slots = slots.mean(dim=1, keepdim=True) if self.granularity == "layer" else slots
-            return self.gate(slots) + self.gate_bias
-        status = old + new
-        if self.status != "slot":
-            status = status.mean(-1, keepdim=True) if self.status == "mean" else self.slot_status(status)
-        if self.gate_type == "linear":
-            return self.gate(status.squeeze(-1)).unsqueeze(-1)
-        return self.gate * (status.mean(dim=1, keepdim=True) if self.granularity == "layer" else status)
-
-    def forward(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        if self.activation == "none":
-            return (upcast(old) + upcast(new)).to(old.dtype)
-        logits = upcast(self.logits(old, new))
-        if self.activation == "sigmoid":
-            keep, write = torch.sigmoid(-logits), torch.sigmoid(logits)
-        else:
-            keep, write = 1.0 - torch.tanh(logits), 1.0 + torch.tanh(logits)
-        return (keep * upcast(old) + write * upcast(new)).to(old.dtype)
-
-
-class RxTMemoryAttentionLayer(GradientCheckpointingLayer):
-    """Writes one layer of the memory: its slots are the queries, the encoded interaction keys and values."""
-
-    def __init__(self, config: RxTConfig, layer_idx: int):
-        super().__init__()
-        self.memory_attention_type = config.memory_attention_type
-        if self.memory_attention_type != "simple":
-            role = "memory_attention_" if self.memory_attention_type == "self" else "interlayer_attention_"
-            self.pre_layernorm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.pre_attn = RxTAttention(config, layer_idx, role)
-            self.pre_gate = RxTResidualGate(config)
-        if self.memory_attention_type == "self_interlayer":
-            self.interlayer_gate = RxTResidualGate(config)
-        self.memory_layernorm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.encoded_layernorm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.write_attn = RxTAttention(config, layer_idx, "memory_attention_")
-        self.write_gate = RxTResidualGate(config)
-
-    def forward(self, memory_states, mean_memory, keys, values, attention_mask=None, varlen=None):
-        if self.memory_attention_type != "simple":
-            normed = self.pre_layernorm(memory_states.to(keys.dtype))
-            source = mean_memory
-            if self.memory_attention_type == "self":
-                source = normed
-            elif self.memory_attention_type == "self_interlayer":
-                source = self.interlayer_gate(normed, mean_memory)
-            memory_states = self.pre_gate(memory_states, self.pre_attn(normed, source)[0])
-        normed = self.memory_layernorm(memory_states.to(keys.dtype))
-        queries = self.write_attn.queries(normed)
-        if varlen is not None:
-            # one packed row: flash kernels take ragged keys by their offsets, not by a mask
-            queries = queries.transpose(1, 2).flatten(0, 1).transpose(0, 1).unsqueeze(0)
-            update, _ = self.write_attn.attend(normed, queries, keys, values, **varlen)
-        else:
-            update, _ = self.write_attn.attend(normed, queries, keys, values, attention_mask)
-        return self.write_gate(memory_states, update)
-
-
-class RxTMemoryAttention(nn.Module):
-    """The write (arXiv 2510.03561): every layer of the new memory comes from the old memory of all layers."""
-
-    def __init__(self, config: RxTConfig):
-        super().__init__()
-        self.config = config
-        self.layers = nn.ModuleList(
-            [RxTMemoryAttentionLayer(config, layer_idx) for layer_idx in range(config.num_memory_layers)]
-        )
-        self.mean_layernorm = None
-        # CODEPATH: nano to mini are interlayer, synthetic self_interlayer, tiny simple
-        if config.memory_attention_type in ("interlayer", "self_interlayer"):
-            self.mean_layernorm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def keys_values(
-        self, encoded_states: list[torch.Tensor], position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys (rotated by their token's position) and values of each layer; they do not depend on the memory."""
-        return [
-            layer.write_attn.keys_values(layer.encoded_layernorm(encoded), position_embeddings)
-            for layer, encoded in zip(self.layers, encoded_states, strict=True)
-        ]
-
-    def forward(
-        self,
-        memory_states: torch.Tensor,
-        keys_values: list[tuple[torch.Tensor, torch.Tensor]],
-        attention_mask: torch.Tensor | None = None,
-        varlen: dict | None = None,
-    ) -> torch.Tensor:
-        """New states of (batch_size, num_memory_layers, num_memory_slots, hidden_size) for `memory_states` of it."""
-        mean_memory = None
-        if self.mean_layernorm is not None:
-            mean_memory = self.mean_layernorm(memory_states.mean(dim=1).to(keys_values[0][0].dtype))
-        new_states = [
-            layer(memory_states[:, index], mean_memory, keys, values, attention_mask, varlen)
-            for index, (layer, (keys, values)) in enumerate(zip(self.layers, keys_values, strict=True))
-        ]
-        return torch.stack(new_states, dim=1)
-
-
-class RxTMemorySelection(nn.Module):
-    r"""
-    The write as a choice (ours, no part of the paper): old slots and new tokens compete, and the `num_memory_slots`
-    most salient stay, the same tokens in all layers, in the order of time. A kept slot stays bit-identical; in terms
-    of the residual gate, its values are 0 and 1. Free slots are zeros, behind the filled ones.
-
-        salience = weight . (x / rms(x)) - age_penalty * (number of later candidates)
-                   - repeat_penalty * (whether a later candidate has the same state)
-
-    where `x` is the candidate's state in the first memory layer. In the first decoder layer that is the embedding, so
-    that there "the same state" is the same token. All of it follows from the states and the order of the slots: a
-    memory needs nothing beside them.
-    """
-
-    def __init__(self, config: RxTConfig):
-        super().__init__()
-        self.num_slots = config.num_memory_slots
-        self.weight = nn.Parameter(torch.empty(config.hidden_size))
-        self.age_penalty = nn.Parameter(torch.empty(1))
-        self.repeat_penalty = nn.Parameter(torch.empty(1))
-
-    def features(self, states: torch.Tensor, is_candidate: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """
-        What the salience of `states`, (batch_size, candidates, hidden_size) in the first memory layer, is made of: the
-        normalised states, how many later candidates there are, and whether one of these has the same state.
-        """
-        normed = F.rms_norm(upcast(states), states.shape[-1:], eps=1e-6)
-        later = is_candidate.flip(-1).cumsum(-1).flip(-1) - is_candidate.long()
-        same = (normed @ normed.transpose(1, 2)) > 0.999 * states.shape[-1]
-        return normed, later, (same & is_candidate[:, None]).triu(diagonal=1).any(dim=-1)
-
-    def salience(self, states: torch.Tensor, is_candidate: torch.Tensor) -> torch.Tensor:
-        """Salience of each candidate, (batch_size, candidates), at least float32; -inf where there is none."""
-        normed, later, is_repeated = self.features(states, is_candidate)
-        weight, age_penalty, repeat_penalty = map(upcast, (self.weight, self.age_penalty, self.repeat_penalty))
-        scores = normed @ weight - age_penalty * later - repeat_penalty * is_repeated
-        return scores.masked_fill(~is_candidate, -torch.inf)
-
-    def forward(self, states: torch.Tensor, encoded: list[torch.Tensor], attention_mask: torch.Tensor) -> torch.Tensor:
-        """
-        The memory after one more interaction.
-
-        Args:
-            states (`torch.Tensor` of shape `(batch_size, layers, num_memory_slots, hidden_size)`): the memory so far.
-            encoded (`list[torch.Tensor]` of shape `(batch_size, tokens, hidden_size)`): states of its tokens, by
-            layer.
-            attention_mask (`torch.Tensor` of shape `(batch_size, tokens)`): True at what may be kept.
-        """
-        candidates = torch.cat([states, torch.stack(encoded, dim=1).to(states.dtype)], dim=2)
-        is_candidate = torch.cat([filled_slots(states), attention_mask], dim=1)
-        with torch.no_grad():
-            scores = self.salience(candidates[:, 0], is_candidate)
-            kept = scores.topk(self.num_slots, dim=-1).indices.sort(dim=-1).values
-            # what is no candidate goes behind all that is, and is cleared
-            is_kept = is_candidate.gather(1, kept)
-            order = (~is_kept).long().argsort(dim=-1, stable=True)
-            kept, is_kept = kept.gather(1, order), is_kept.gather(1, order)
-        index = kept[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
-        return candidates.gather(2, index).masked_fill(~is_kept[:, None, :, None], 0)
-
-
-def filled_slots(states: torch.Tensor) -> torch.Tensor:
-    """True for each slot of (batch_size, layers, slots, hidden_size) that is not all zeros: (batch_size, slots)."""
-    return states.ne(0).any(dim=-1).any(dim=1)
-
-
-def without_last_token(attention_mask: torch.Tensor) -> torch.Tensor:
-    """
-    True at all real tokens of (batch_size, tokens) but the last of each row. That ends the interaction: it says
-    nothing, and `generate` never computes its states.
-    """
-    attention_mask = attention_mask.bool()
-    return attention_mask & (attention_mask.flip(-1).cumsum(-1).flip(-1) > 1)
 
 
 class _BehindSlots:
@@ -1334,32 +855,6 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         return with_bias
 
 
-def positions_in_interaction(attention_mask, inputs_embeds, cache=None) -> torch.Tensor:
-    """Index of each token among the real tokens of its interaction, so that padding on any side changes nothing."""
-    length = inputs_embeds.shape[1]
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    start = 0 if cache is None else cache.get_seq_length()
-    return (torch.arange(length, device=inputs_embeds.device) + start).unsqueeze(0)
-
-
-def check_mask_shape(attention_mask, inputs_embeds, cache) -> None:
-    """A mask of ones and zeros has one column for each token, those in the cache included."""
-    if not isinstance(attention_mask, torch.Tensor) or torch.compiler.is_compiling():
-        return
-    expected = inputs_embeds.shape[:-1]
-    if len(expected) == 2:
-        if attention_mask.dim() == 4:
-            return
-        past = 0 if cache is None else cache.get_seq_length()
-        expected = (expected[0], past + expected[1])
-    if tuple(attention_mask.shape) != tuple(expected):
-        raise ValueError(
-            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit an interaction of shape "
-            f"{tuple(expected)}."
-        )
-
-
 @contextlib.contextmanager
 def nothing_recorded():
     """Layers that run here give nothing to the hidden states, attentions or router logits that a forward returns."""
@@ -1371,22 +866,6 @@ def nothing_recorded():
         yield
     finally:
         _active_collector.reset(token)
-
-
-def packed(keys_values, attention_mask, slots):
-    """Keys and values without padding in one row, and the offsets that flash kernels find the batch's rows by."""
-    lengths = attention_mask.sum(dim=-1, dtype=torch.int32)
-    varlen = {
-        "cu_seq_lens_q": torch.arange(len(lengths) + 1, dtype=torch.int32, device=lengths.device) * slots,
-        "cu_seq_lens_k": F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0)),
-        "max_length_q": slots,
-        "max_length_k": int(lengths.max()),
-    }
-    keys_values = [
-        tuple(states.transpose(1, 2)[attention_mask].transpose(0, 1).unsqueeze(0) for states in pair)
-        for pair in keys_values
-    ]
-    return keys_values, varlen
 
 
 def load_balancing_losses(router_logits, top_k, weights):

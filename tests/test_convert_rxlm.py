@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers.testing_utils import CaptureLogger
 
 from rxt_hf.convert import rxlm
-from rxt_hf.modeling_rxt import rotary_tables
+from rxt_hf.layers_rxt import rotary_tables
 
 GOLDEN = Path(os.environ.get("RXT_GOLDEN") or Path(__file__).parents[2] / "shared" / "golden")
 NAMES = sorted(path.parent.name for path in GOLDEN.glob("*/io.safetensors"))

@@ -10,7 +10,16 @@ import pytest
 from transformers.dynamic_module_utils import get_relative_imports
 
 PACKAGE = Path(__file__).parent.parent / "rxt_hf"
-HUB_LINE = {"configuration_rxt", "fingerprint_rxt", "cache_rxt", "episode_rxt", "generation_rxt", "modeling_rxt"}
+HUB_LINE = {
+    "configuration_rxt",
+    "fingerprint_rxt",
+    "cache_rxt",
+    "layers_rxt",
+    "memory_rxt",
+    "episode_rxt",
+    "generation_rxt",
+    "modeling_rxt",
+}
 HUB_DEPENDENCIES = {"torch", "transformers", "safetensors", "huggingface_hub"}
 DEPENDENCIES = HUB_DEPENDENCIES | {"tokenizers", "jinja2"}
 
@@ -21,7 +30,9 @@ BELOW: dict[str, set[str]] = {
     "cache_rxt": {"fingerprint_rxt"},
     "generation_rxt": {"cache_rxt", "configuration_rxt"},
     "episode_rxt": {"cache_rxt"},
-    "modeling_rxt": {"episode_rxt", "generation_rxt"},
+    "layers_rxt": {"configuration_rxt"},
+    "memory_rxt": {"layers_rxt"},
+    "modeling_rxt": {"episode_rxt", "generation_rxt", "memory_rxt"},
     "presets": set(),
     "chat_template": set(),
     "data": {"chat_template"},

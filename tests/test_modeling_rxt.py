@@ -14,7 +14,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from rxt_hf import RxTForCausalLM, StateError, STMCache
 from rxt_hf.fingerprint_rxt import fingerprints_match
-from rxt_hf.modeling_rxt import RxTResidualGate, eager_attention_forward, one_query_attention
+from rxt_hf.layers_rxt import eager_attention_forward, one_query_attention
+from rxt_hf.memory_rxt import RxTResidualGate
 
 from .models import EXPERTS, close, counted_calls, random_ids, random_memory, tiny_config, tiny_model
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rxt_hf.configuration_rxt import RxTConfig
-from rxt_hf.modeling_rxt import RxTResidualGate
+from rxt_hf.memory_rxt import RxTResidualGate
 
 from .reference_rxt import Reference, random_model, randomize
 

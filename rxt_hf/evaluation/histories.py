@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..data.collator import RxTEpisodeCollator
 from ..data.readers import encode_turns
-from ..modeling_rxt import upcast
+from ..layers_rxt import upcast
 from .memory import ROWS, Dialogues, figures_of, on_device, probe_scores
 from .recall import left_padded
 

@@ -31,7 +31,9 @@ from ..cache_rxt import StateError, STMCache
 from ..data.collator import RxTEpisodeCollator
 from ..data.facts import ATTRIBUTES, DialogueWriter, generate_dialogue
 from ..data.readers import Episodes, encode_turns, read_episodes
-from ..modeling_rxt import RxTForCausalLM, RxTResidualGate, upcast
+from ..layers_rxt import upcast
+from ..memory_rxt import RxTResidualGate
+from ..modeling_rxt import RxTForCausalLM
 from .recall import FIRST_TEST_SEED, Control, by_bucket, effective_rank, left_padded, recall
 from .report import page, tables
 from .speed import count, environment, markdown_table

@@ -28,7 +28,8 @@ from ..data.facts import score_answer
 from ..data.readers import encode_turns
 from ..data.rows import split_messages
 from ..evaluation.recall import left_padded
-from ..modeling_rxt import load_balancing_losses, upcast
+from ..layers_rxt import upcast
+from ..modeling_rxt import load_balancing_losses
 from .loop import CountingTrainer
 
 LossType = Literal["dpo", "apo_zero", "apo_down"]

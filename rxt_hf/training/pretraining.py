@@ -12,12 +12,12 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from ..cache_rxt import STMCache
 from ..configuration_rxt import RxTConfig
 from ..episode_rxt import by_turn, missing_turns, pad_turns
+from ..layers_rxt import upcast
 from ..modeling_rxt import (
     RxTCausalLMOutputWithPast,
     RxTForCausalLM,
     refuse_labels_taken_away,
     row_shares,
-    upcast,
 )
 
 

@@ -1,0 +1,278 @@
+# Copyright 2026 the rxt_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What the decoder and the memory are both made of: norm, rotary embedding, attention, feed-forward."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .configuration_rxt import RxTConfig
+
+
+def upcast(tensor: torch.Tensor) -> torch.Tensor:
+    """At least float32: half precisions are widened, float64 stays."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+class RxTRMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        input_dtype = hidden_states.dtype
+        hidden_states = upcast(hidden_states)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.variance_epsilon}"
+
+
+class RxTRotaryEmbedding(nn.Module):
+    """
+    Cosine and sine of positions, (batch, tokens, head_dim) each. A forward changes nothing here, so that threads share
+    one module: of the rope types whose frequencies depend on the length ("longrope", "dynamic"), each row has those of
+    its own length, whatever came before it or stands beside it.
+    """
+
+    def __init__(self, config: RxTConfig):
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        self.attention_scaling = self.rope_init_fn(config)[1]
+        for name, frequencies in self.initial_frequencies().items():
+            self.register_buffer(name, frequencies, persistent=False)
+
+    @property
+    def rope_init_fn(self) -> Callable:
+        return ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+
+    def initial_frequencies(self) -> dict[str, torch.Tensor]:
+        """What each buffer holds: the frequencies, and for "longrope" those of long interactions."""
+        frequencies = {"inv_freq": self.rope_init_fn(self.config)[0]}
+        if self.rope_type == "longrope":
+            beyond = self.config.rope_parameters["original_max_position_embeddings"] + 1
+            frequencies["long_inv_freq"] = self.rope_init_fn(self.config, seq_len=beyond)[0]
+        return frequencies
+
+    @staticmethod
+    def compute_default_rope_parameters(config: RxTConfig, **kwargs) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies `rope_theta ** (-2 j / head_dim)`, and the scaling 1 of cosine and sine."""
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+    def frequencies(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Of (head_dim / 2,), or (batch, 1, head_dim / 2) where they depend on the length."""
+        if self.rope_type not in ("longrope", "dynamic"):
+            return self.inv_freq
+        lengths = position_ids.amax(-1, keepdim=True) + 1
+        if self.rope_type == "longrope":
+            longest, grown = self.config.rope_parameters["original_max_position_embeddings"], self.long_inv_freq
+        else:
+            longest = self.config.max_position_embeddings
+            grown, _ = self.rope_init_fn(self.config, position_ids.device, seq_len=lengths)
+        return torch.where(lengths > longest, grown, self.inv_freq).unsqueeze(1)
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        inv_freq = self.frequencies(position_ids).to(device=x.device, dtype=torch.float)
+        freqs = position_ids[..., None].float() * inv_freq
+        emb = torch.cat((freqs, freqs), dim=-1)
+        cos = emb.cos() * self.attention_scaling
+        sin = emb.sin() * self.attention_scaling
+        return cos.to(dtype=x.dtype), sin.to(dtype=x.dtype)
+
+
+def rotary_tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What every layer rotates by, made once: (batch, 1, tokens, head_dim), the rotation's sign in the sine."""
+    first, second = sin.chunk(2, dim=-1)
+    return cos.unsqueeze(1), torch.cat((-first, second), dim=-1).unsqueeze(1)
+
+
+def rotate(states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Rotary position embedding of (batch, heads, tokens, head_dim) in the half-split layout of Llama."""
+    cos, sin = position_embeddings
+    return states * cos + states.roll(states.shape[-1] // 2, dims=-1) * sin
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(upcast(weights), dim=-1).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    output = torch.matmul(weights, value).transpose(1, 2).contiguous()
+    return output, weights
+
+
+def one_query_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, None]:
+    """Two products for one query without a mask: in bfloat16 on a CPU, sdpa's kernel takes nine times as long."""
+    # three dimensions: of four, the compiler makes sums that are slower still
+    key, value = key.flatten(0, 1), value.flatten(0, 1)
+    weights = torch.bmm(query.reshape(len(key), module.num_key_value_groups, -1), key.transpose(1, 2)) * scaling
+    return torch.bmm(F.softmax(upcast(weights), dim=-1).to(value.dtype), value), None
+
+
+class RxTZeroLinear(nn.Linear):
+    """A linear layer that `_init_weights` fills with zeros."""
+
+
+class RxTAttention(nn.Module):
+    """
+    Attention with separate steps for queries, and for keys and values, so that those of a memory can be computed once
+    and used for many queries. Head counts are those of the role whose prefix is given; fewer heads than
+    `hidden_size // head_dim` is Sparse Query Attention.
+    """
+
+    is_causal = False
+
+    def __init__(
+        self,
+        config: RxTConfig,
+        layer_idx: int,
+        role: str = "",
+        *,
+        gated: bool = False,
+        use_qk_norm: bool = False,
+        zero_init: bool = False,
+    ):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        num_heads = getattr(config, f"{role}num_attention_heads")
+        num_key_value_heads = getattr(config, f"{role}num_key_value_heads")
+        self.num_key_value_groups = num_heads // num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        query_size, key_value_size = num_heads * self.head_dim, num_key_value_heads * self.head_dim
+        output_class = RxTZeroLinear if zero_init else nn.Linear
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = output_class(query_size, config.hidden_size, bias=config.attention_output_bias)
+        self.gate_proj = nn.Linear(config.hidden_size, query_size, bias=False) if gated else None
+        self.head_gate = None
+        self.q_norm = RxTRMSNorm(self.head_dim, config.rms_norm_eps) if use_qk_norm else None
+        self.k_norm = RxTRMSNorm(self.head_dim, config.rms_norm_eps) if use_qk_norm else None
+
+    def queries(self, hidden_states, position_embeddings=None):
+        states = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim)
+        states = (states if self.q_norm is None else self.q_norm(states)).transpose(1, 2)
+        return states if position_embeddings is None else rotate(states, position_embeddings)
+
+    def keys_values(self, hidden_states, position_embeddings=None):
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        keys = self.k_proj(hidden_states).view(shape)
+        keys = (keys if self.k_norm is None else self.k_norm(keys)).transpose(1, 2)
+        keys = keys if position_embeddings is None else rotate(keys, position_embeddings)
+        return keys, self.v_proj(hidden_states).view(shape).transpose(1, 2)
+
+    def attention_interface(self, queries, attention_mask) -> Callable:
+        return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+
+    def attend(self, hidden_states, queries, keys, values, attention_mask=None, **kwargs):
+        """Attention of projected states; `hidden_states` is what the queries, and the output gate, come from."""
+        output, weights = self.attention_interface(queries, attention_mask)(
+            self,
+            queries,
+            keys,
+            values,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            is_causal=self.is_causal,
+            **kwargs,
+        )
+        output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
+        if self.gate_proj is not None:
+            output = output * torch.sigmoid(self.gate_proj(hidden_states))
+        if self.head_gate is not None:
+            output = output * torch.tanh(self.head_gate).repeat_interleave(self.head_dim)
+        return self.o_proj(output), weights
+
+    def forward(self, hidden_states, key_value_states=None, attention_mask=None, position_embeddings=None):
+        """Bidirectional attention over `key_value_states`, by default over `hidden_states` themselves."""
+        queries = self.queries(hidden_states, position_embeddings)
+        keys, values = self.keys_values(
+            hidden_states if key_value_states is None else key_value_states, position_embeddings
+        )
+        return self.attend(hidden_states, queries, keys, values, attention_mask)
+
+
+class RxTMLP(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str, bias: bool):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
+        self.act_fn = ACT2FN[hidden_act]
+
+    def forward(self, hidden_states):
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+def positions_in_interaction(attention_mask, inputs_embeds, cache=None) -> torch.Tensor:
+    """Index of each token among the real tokens of its interaction, so that padding on any side changes nothing."""
+    length = inputs_embeds.shape[1]
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    start = 0 if cache is None else cache.get_seq_length()
+    return (torch.arange(length, device=inputs_embeds.device) + start).unsqueeze(0)
+
+
+def check_mask_shape(attention_mask, inputs_embeds, cache) -> None:
+    """A mask of ones and zeros has one column for each token, those in the cache included."""
+    if not isinstance(attention_mask, torch.Tensor) or torch.compiler.is_compiling():
+        return
+    expected = inputs_embeds.shape[:-1]
+    if len(expected) == 2:
+        if attention_mask.dim() == 4:
+            return
+        past = 0 if cache is None else cache.get_seq_length()
+        expected = (expected[0], past + expected[1])
+    if tuple(attention_mask.shape) != tuple(expected):
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)} does not fit an interaction of shape "
+            f"{tuple(expected)}."
+        )

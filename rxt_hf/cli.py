@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # whoever read our output has gone; without this, Python would complain when it flushes at exit
+        # the reader of our output has gone; without this, Python would complain when it flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, ValueError, ImportError, RuntimeError) as error:
@@ -63,18 +63,18 @@ def _sentence(error: BaseException) -> str:
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="model folder or Hub name; default: the demo")
-    parser.add_argument("--seed", type=int, help="makes sampling, and a random initial memory, repeatable")
-    parser.add_argument("--device", help="such as cpu or cuda:0; default: a GPU if there is one")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="model folder or Hub name (default: the demo)")
+    parser.add_argument("--seed", type=int, help="seed of sampling and of a random initial memory (default: none)")
+    parser.add_argument("--device", help="device, such as cpu or cuda:0 (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
 
 
 def _add_conversation_arguments(parser: argparse.ArgumentParser) -> None:
     _add_model_arguments(parser)
-    parser.add_argument("--memory", metavar="FILE", help="go on from this memory file")
-    parser.add_argument("--temperature", type=_number(0.0), metavar="T", help="sample; the default, 0, is greedy")
-    parser.add_argument("--top-p", type=_number(0.0, 1.0), metavar="P", help="sample from the likeliest share P")
-    parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest answer")
+    parser.add_argument("--memory", metavar="FILE", help="memory file to go on from")
+    parser.add_argument("--temperature", type=_number(0.0), metavar="T", help="for sampling (default: 0, greedy)")
+    parser.add_argument("--top-p", type=_number(0.0, 1.0), metavar="P", help="probability to sample from (default: 1)")
+    parser.add_argument("--max-new-tokens", type=_positive, metavar="N", help="longest answer, tokens (default: 128)")
 
 
 def _number(low: float, high: float = float("inf")) -> Callable[[str], float]:
@@ -136,7 +136,7 @@ def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _device(name: str | None) -> Any:
-    """The device of that name, tried out before a model is loaded; without a name a GPU if there is one."""
+    """Returns the device of that name, after trying it out; without a name, a GPU if there is one."""
     import torch
 
     if name is None:
@@ -153,8 +153,8 @@ def _device(name: str | None) -> Any:
 @contextlib.contextmanager
 def _refused(what: str) -> Generator[None, None, None]:
     """
-    One sentence for whatever is wrong with a folder that is read. No narrower class has all of it: tokenizers raises
-    plain `Exception` for a damaged tokenizer.json, and the error of safetensors derives from nothing else.
+    Turns any error of reading a folder into one sentence. No narrower class covers them all: tokenizers raises plain
+    `Exception` for a damaged tokenizer.json, and the error of safetensors derives from nothing else.
     """
     try:
         yield
@@ -184,8 +184,8 @@ def _open_session(args: argparse.Namespace, model: Any, tokenizer: Any, system: 
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     _add_conversation_arguments(parser)
-    parser.add_argument("--query", required=True, metavar="TEXT", help="what to say to the model")
-    parser.add_argument("--save-memory", metavar="FILE", help="write the memory after the turn to this file")
+    parser.add_argument("--query", required=True, metavar="TEXT", help="message to the model")
+    parser.add_argument("--save-memory", metavar="FILE", help="file for the memory after the turn")
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -200,7 +200,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _new_file(path: Path) -> Path:
-    """The path, if it can be written; raises `OSError` that names the folder, or the path, if not."""
+    """Returns the path if it can be written; raises `OSError` with the folder or the path if not."""
     folder = path.absolute().parent
     if not folder.is_dir():
         raise FileNotFoundError(errno.ENOENT, "There is no folder to write to", str(folder))
@@ -213,9 +213,9 @@ def _new_file(path: Path) -> Path:
 
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="model folder or Hub name")
-    parser.add_argument("folder", metavar="FOLDER", help="new, empty, or an earlier export, which is replaced")
-    parser.add_argument("--push", metavar="REPO", help="upload it to this Hub repository, owner/name")
-    parser.add_argument("--card", metavar="FILE", help="JSON object of what the card says: results, base_model, data")
+    parser.add_argument("folder", metavar="FOLDER", help="target: a new or empty folder, or an earlier export")
+    parser.add_argument("--push", metavar="REPO", help="Hub repository to upload to, owner/name")
+    parser.add_argument("--card", metavar="FILE", help="JSON file with fields of the card: results, base_model, data")
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -236,7 +236,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _target(text: str) -> Path:
-    """A folder that may be written: whatever else is in one is not ours to replace."""
+    """Returns a folder that may be written; raises `ValueError` for one that holds other files."""
     from .data.files import read_object
 
     folder = Path(text).expanduser()
@@ -254,7 +254,7 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL", help="Llama, Mistral, Qwen2/3, SmolLM3, or a folder of RxT's authors"
     )
     parser.add_argument("folder", metavar="FOLDER", help="new, empty, or an earlier export, which is replaced")
-    parser.add_argument("--slots", type=int, metavar="N", help="vectors in each layer of the memory; default 64")
+    parser.add_argument("--slots", type=int, metavar="N", help="slots of each memory layer (default: 64)")
     parser.add_argument(
         "--memory-layers", type=_layers, metavar="0,2,4", help="decoder layers that read the memory; default all"
     )
@@ -507,7 +507,7 @@ class _Chat:
         print(f"    {text.translate(_PRINTABLE)}", flush=True)
 
     def take(self, line: str) -> None:
-        """Answers one line or obeys its command; whatever is wrong with it becomes a message."""
+        """Answers one line or obeys its command; errors become a message."""
         line = line.strip()
         if not line:
             return
@@ -606,12 +606,12 @@ def _given(path: str, usage: str) -> Path:
 COMMANDS: dict[str, tuple[str, Callable[[_Chat, str], None], str]] = {
     usage.split()[0]: (usage, method, description)
     for usage, method, description in (
-        ("/save FILE", _Chat.save, "write the memory, and the log beside it"),
+        ("/save FILE", _Chat.save, "write the memory and the log of the conversation"),
         ("/load FILE", _Chat.load, "go on from a saved memory, in place of this conversation"),
         ("/fork [NAME]", _Chat.fork, "keep this conversation as NAME and go on in a copy; alone: list"),
         ("/switch NAME", _Chat.switch, "go on in the conversation NAME"),
         ("/undo", _Chat.undo, "back to before the last turn"),
-        ("/forget [N]", _Chat.forget, "make the memory as if turn N had never been; alone: list the turns"),
+        ("/forget [N]", _Chat.forget, "make the memory what it would be without turn N; alone: list the turns"),
         ("/memory", _Chat.memory, "size of the memory"),
         ("/help", _Chat.help, "this list"),
         ("/quit", _Chat.quit, "leave"),

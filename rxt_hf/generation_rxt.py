@@ -72,7 +72,7 @@ class RxTGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
 
 
 def answer_mask(answers, generation_config, stopping_criteria=None):
-    """1 at what of the answers is written into the memory: up to and including the first end token of each row."""
+    """Returns 1 at the tokens of the answers that are written: up to and including each row's first end token."""
     ends, pad = _as_list(generation_config.eos_token_id), generation_config.pad_token_id
     is_end = torch.isin(answers, torch.tensor(ends, dtype=answers.dtype, device=answers.device))
     after_end = (is_end.cumsum(-1) - is_end.long()) > 0
@@ -192,7 +192,7 @@ class RxTGenerationMixin(GenerationMixin):
         return output_class(**output, stm_cache=stm_cache)
 
     def _way_to_write(self, config, update_memory, assistant_model):
-        """`update_memory` as it is carried out; refuses what would lose the memory, or compare with the wrong one."""
+        """Returns the `update_memory` that is carried out; refuses modes that would lose the memory or mix it up."""
         if config.cache_implementation == "paged":
             raise ValueError('cache_implementation="paged" would lose the memory; use "dynamic" or "static".')
         is_guided = config.guidance_scale not in (None, 1)
@@ -211,7 +211,7 @@ class RxTGenerationMixin(GenerationMixin):
         return update_memory
 
     def _prompt_mask(self, ids, embeds, attention_mask, config):
-        """The prompt's mask, as transformers infers it where none is given; refuses what is no prompt."""
+        """Returns the prompt's mask, inferred as transformers does if none is given; refuses what is not a prompt."""
         if ids is None and embeds is None:
             # the lone begin-of-sequence token that transformers starts from
             return torch.ones((1, 1), dtype=torch.long, device=self.device)
@@ -258,14 +258,15 @@ class RxTGenerationMixin(GenerationMixin):
             kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, _RowEnds(rooms)])
 
     def _writes_in_passing(self, config, update_memory):
-        """Whether the states of this turn are kept as `generate` computes them; else a write computes them again."""
+        """Returns whether `generate` keeps this turn's states; otherwise the write computes them again."""
         is_plain = config.num_beams == 1 and config.cache_implementation in (None, "dynamic")
         return bool(update_memory) and is_plain and self.config.memory_encoding == "decoder_in_passing"
 
     def _layer_inputs(self, output, config, shape):
         """
-        For each memory layer its inputs at all but the last token of an interaction of `shape`, from the hidden states
-        of each step, which the caller of `generate` sees only if they were asked for; `None` if some are missing.
+        Returns the inputs of each memory layer at all tokens of an interaction of `shape` except the last, taken from
+        the hidden states of each step; `None` if some are missing. The caller of `generate` sees hidden states only if
+        it asked for them.
         """
         steps = output.hidden_states
         if not config.output_hidden_states:
@@ -285,7 +286,7 @@ class RxTGenerationMixin(GenerationMixin):
         return self.update_memory(stm_cache, inputs_embeds=embeds, attention_mask=mask, layer_inputs=layer_inputs)
 
     def _write_turn_async(self, *turn) -> PendingSTMCache:
-        """The same write in another thread, under this thread's autocast and after this thread's GPU work."""
+        """Writes in another thread, under this thread's autocast and after this thread's GPU work."""
         device = self.device
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
@@ -320,7 +321,7 @@ class RxTGenerationMixin(GenerationMixin):
         return PendingSTMCache(future)
 
     def _get_logits_processor(self, *args, model_kwargs=None, **kwargs):
-        """The scores without the prompt, which guidance compares with, come from under the same memory."""
+        """Lets guidance compute its scores without the prompt under the same memory."""
         states = (model_kwargs or {}).get("stm_cache")
         for name in ("negative_prompt_ids", "negative_prompt_attention_mask"):
             given = kwargs.get(name)
@@ -335,8 +336,8 @@ class RxTGenerationMixin(GenerationMixin):
 
     def _draft(self, inputs, generation_config, stm_cache, **kwargs):
         """
-        Candidates for another model's assisted decoding: nothing is written, and the other model's memory is read
-        where it fits this one, else the initial one. A draft changes the speed, never the tokens.
+        Drafts candidates for another model's assisted decoding. Nothing is written. The other model's memory is read
+        if it fits this one, else the initial memory; a draft changes the speed, never the tokens.
         """
         expected = (self.config.num_memory_layers, self.config.num_memory_slots, self.config.hidden_size)
         if stm_cache is not None and tuple(stm_cache.shape[1:]) != expected:
@@ -364,7 +365,7 @@ class RxTGenerationMixin(GenerationMixin):
         }
 
     def _get_candidate_generator(self, *args, assistant_model=None, model_kwargs=None, **kwargs):
-        """A draft model of another family has no memory to read."""
+        """Takes the memory away from a draft model of another family, which has none to read."""
         if assistant_model is not None and not isinstance(assistant_model, RxTGenerationMixin):
             model_kwargs = {name: value for name, value in model_kwargs.items() if name != "stm_cache"}
         return super()._get_candidate_generator(
@@ -372,14 +373,14 @@ class RxTGenerationMixin(GenerationMixin):
         )
 
     def generate_batch(self, *args, **kwargs):
-        """Continuous batching shares one paged cache between requests and has no place for a memory: it raises."""
+        """Raises: continuous batching shares one paged cache between requests and has no place for a memory."""
         raise ValueError("Continuous batching would lose the memory; call generate with a batch of prompts instead.")
 
     init_continuous_batching = continuous_batching_context_manager = generate_batch
 
 
 def wait_for_writes() -> None:
-    """Returns when every asynchronous write that is under way has ended, also one that failed."""
+    """Waits until all asynchronous writes have ended, failed ones included."""
     wait(list(_writes_under_way))
 
 

@@ -28,7 +28,7 @@ from .configuration_rxt import RxTConfig
 
 
 def upcast(tensor: torch.Tensor) -> torch.Tensor:
-    """At least float32: half precisions are widened, float64 stays."""
+    """Widens half precisions to float32; float64 stays."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
@@ -51,9 +51,9 @@ class RxTRMSNorm(nn.Module):
 
 class RxTRotaryEmbedding(nn.Module):
     """
-    Cosine and sine of positions, (batch, tokens, head_dim) each. A forward changes nothing here, so that threads share
-    one module: of the rope types whose frequencies depend on the length ("longrope", "dynamic"), each row has those of
-    its own length, whatever came before it or stands beside it.
+    Computes cosine and sine of positions, (batch, tokens, head_dim) each. A forward changes nothing here, so threads
+    can share one module: for RoPE types whose frequencies depend on the length ("longrope", "dynamic"), each row gets
+    those of its own length.
     """
 
     def __init__(self, config: RxTConfig):
@@ -69,7 +69,7 @@ class RxTRotaryEmbedding(nn.Module):
         return ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
 
     def initial_frequencies(self) -> dict[str, torch.Tensor]:
-        """What each buffer holds: the frequencies, and for "longrope" those of long interactions."""
+        """Returns the content of each buffer: the frequencies, and for "longrope" those of long interactions."""
         frequencies = {"inv_freq": self.rope_init_fn(self.config)[0]}
         if self.rope_type == "longrope":
             beyond = self.config.rope_parameters["original_max_position_embeddings"] + 1
@@ -83,7 +83,7 @@ class RxTRotaryEmbedding(nn.Module):
         return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
 
     def frequencies(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """Of (head_dim / 2,), or (batch, 1, head_dim / 2) where they depend on the length."""
+        """Returns frequencies of (head_dim / 2,), or of (batch, 1, head_dim / 2) if they depend on the length."""
         if self.rope_type not in ("longrope", "dynamic"):
             return self.inv_freq
         lengths = position_ids.amax(-1, keepdim=True) + 1
@@ -105,13 +105,13 @@ class RxTRotaryEmbedding(nn.Module):
 
 
 def rotary_tables(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What every layer rotates by, made once: (batch, 1, tokens, head_dim), the rotation's sign in the sine."""
+    """Returns the tables that all layers rotate by, (batch, 1, tokens, head_dim), the rotation's sign in the sine."""
     first, second = sin.chunk(2, dim=-1)
     return cos.unsqueeze(1), torch.cat((-first, second), dim=-1).unsqueeze(1)
 
 
 def rotate(states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Rotary position embedding of (batch, heads, tokens, head_dim) in the half-split layout of Llama."""
+    """Rotates (batch, heads, tokens, head_dim) in Llama's half-split layout; equals `apply_rotary_pos_emb`."""
     cos, sin = position_embeddings
     return states * cos + states.roll(states.shape[-1] // 2, dims=-1) * sin
 
@@ -146,7 +146,7 @@ def one_query_attention(
     scaling: float,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, None]:
-    """Two products for one query without a mask: in bfloat16 on a CPU, sdpa's kernel takes nine times as long."""
+    """Attends with one query without a mask by two products; sdpa is far slower at this in bfloat16 on a CPU."""
     # three dimensions: of four, the compiler makes sums that are slower still
     key, value = key.flatten(0, 1), value.flatten(0, 1)
     weights = torch.bmm(query.reshape(len(key), module.num_key_value_groups, -1), key.transpose(1, 2)) * scaling
@@ -159,9 +159,9 @@ class RxTZeroLinear(nn.Linear):
 
 class RxTAttention(nn.Module):
     """
-    Attention with separate steps for queries, and for keys and values, so that those of a memory can be computed once
-    and used for many queries. Head counts are those of the role whose prefix is given; fewer heads than
-    `hidden_size // head_dim` is Sparse Query Attention.
+    Attention with separate steps for queries and for keys and values, so that the keys and values of a memory are
+    computed once a turn and used for many queries. The head counts are those of the role whose prefix is given; fewer
+    heads than `hidden_size // head_dim` are Sparse Query Attention.
     """
 
     is_causal = False
@@ -212,7 +212,7 @@ class RxTAttention(nn.Module):
         return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
 
     def attend(self, hidden_states, queries, keys, values, attention_mask=None, **kwargs):
-        """Attention of projected states; `hidden_states` is what the queries, and the output gate, come from."""
+        """Attends with projected states; queries and the output gate come from `hidden_states`."""
         output, weights = self.attention_interface(queries, attention_mask)(
             self,
             queries,
@@ -253,7 +253,7 @@ class RxTMLP(nn.Module):
 
 
 def positions_in_interaction(attention_mask, inputs_embeds, cache=None) -> torch.Tensor:
-    """Index of each token among the real tokens of its interaction, so that padding on any side changes nothing."""
+    """Returns the index of each token among the real tokens of its interaction; padding changes nothing."""
     length = inputs_embeds.shape[1]
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
@@ -262,7 +262,7 @@ def positions_in_interaction(attention_mask, inputs_embeds, cache=None) -> torch
 
 
 def check_mask_shape(attention_mask, inputs_embeds, cache) -> None:
-    """A mask of ones and zeros has one column for each token, those in the cache included."""
+    """Raises `ValueError` unless a mask has one column for each token, those in the cache included."""
     if not isinstance(attention_mask, torch.Tensor) or torch.compiler.is_compiling():
         return
     expected = inputs_embeds.shape[:-1]

@@ -88,12 +88,12 @@ class RxTResidualGate(nn.Module):
         none      old + new
 
     The logits `g` are a parameter (`memory_gate_type="static"`), a parameter times a status (`"elementwise"`), or a
-    linear map of it plus a bias (`"linear"`): one for each layer, slot or element (`memory_gate_granularity`). A
-    slot's status (`memory_gate_status`) is the mean of `old + new`, a learned projection of it, or the slot itself:
-    for `"linear"` both `old` and `new`, for `"elementwise"` their sum.
+    linear map of a status plus a bias (`"linear"`), one for each layer, slot or element (`memory_gate_granularity`).
+    The status of a slot (`memory_gate_status`) is the mean of `old + new`, a learned projection of `old + new`, or the
+    slot itself: both `old` and `new` for `"linear"`, their sum for `"elementwise"`.
 
-    Parameters and biases that belong to a slot start spread over `memory_gate_init - 2` to `memory_gate_init + 2`: the
-    write is otherwise the same map for all slots, and would draw them together to one.
+    Parameters and biases that belong to a slot start spread over `memory_gate_init - 2` to `memory_gate_init + 2`.
+    Otherwise the write would be the same map for all slots, and would pull them together into one.
     """
 
     def __init__(self, config: RxTConfig):
@@ -199,7 +199,7 @@ class RxTMemoryAttention(nn.Module):
     def keys_values(
         self, encoded_states: list[torch.Tensor], position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys (rotated by their token's position) and values of each layer; they do not depend on the memory."""
+        """Returns keys (rotated by position) and values of each layer; they do not depend on the memory."""
         return [
             layer.write_attn.keys_values(layer.encoded_layernorm(encoded), position_embeddings)
             for layer, encoded in zip(self.layers, encoded_states, strict=True)
@@ -212,7 +212,7 @@ class RxTMemoryAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         varlen: dict | None = None,
     ) -> torch.Tensor:
-        """New states of (batch_size, num_memory_layers, num_memory_slots, hidden_size) for `memory_states` of it."""
+        """Returns new states of the shape of `memory_states`, (batch_size, layers, num_memory_slots, hidden_size)."""
         mean_memory = None
         if self.mean_layernorm is not None:
             mean_memory = self.mean_layernorm(memory_states.mean(dim=1).to(keys_values[0][0].dtype))
@@ -233,8 +233,8 @@ class RxTMemorySelection(nn.Module):
                    - repeat_penalty * (whether a later candidate has the same state)
 
     where `x` is the candidate's state in the first memory layer. In the first decoder layer that is the embedding, so
-    that there "the same state" is the same token. All of it follows from the states and the order of the slots: a
-    memory needs nothing beside them.
+    that there "the same state" is the same token. Everything follows from the states and the order of the slots, so a
+    memory holds nothing else.
     """
 
     def __init__(self, config: RxTConfig):
@@ -255,7 +255,7 @@ class RxTMemorySelection(nn.Module):
         return normed, later, (same & is_candidate[:, None]).triu(diagonal=1).any(dim=-1)
 
     def salience(self, states: torch.Tensor, is_candidate: torch.Tensor) -> torch.Tensor:
-        """Salience of each candidate, (batch_size, candidates), at least float32; -inf where there is none."""
+        """Returns the salience of each candidate, (batch_size, candidates), in at least float32; -inf at gaps."""
         normed, later, is_repeated = self.features(states, is_candidate)
         weight, age_penalty, repeat_penalty = map(upcast, (self.weight, self.age_penalty, self.repeat_penalty))
         scores = normed @ weight - age_penalty * later - repeat_penalty * is_repeated
@@ -291,15 +291,15 @@ def filled_slots(states: torch.Tensor) -> torch.Tensor:
 
 def without_last_token(attention_mask: torch.Tensor) -> torch.Tensor:
     """
-    True at all real tokens of (batch_size, tokens) but the last of each row. That ends the interaction: it says
-    nothing, and `generate` never computes its states.
+    Returns True at all real tokens of (batch_size, tokens) except the last of each row. That token only ends the
+    interaction, and `generate` never computes its states.
     """
     attention_mask = attention_mask.bool()
     return attention_mask & (attention_mask.flip(-1).cumsum(-1).flip(-1) > 1)
 
 
 def packed(keys_values, attention_mask, slots):
-    """Keys and values without padding in one row, and the offsets that flash kernels find the batch's rows by."""
+    """Packs keys and values without padding into one row, and returns the offsets of the batch's rows in it."""
     lengths = attention_mask.sum(dim=-1, dtype=torch.int32)
     varlen = {
         "cu_seq_lens_q": torch.arange(len(lengths) + 1, dtype=torch.int32, device=lengths.device) * slots,

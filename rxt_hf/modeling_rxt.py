@@ -138,7 +138,7 @@ class RxTSelfAttention(RxTAttention):
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
 
     def forward(self, hidden_states, attention_mask=None, position_embeddings=None, cache=None, memory=None, **kwargs):
-        """`memory`, keys and values of slots, stands before the turn's own tokens, in one softmax with them."""
+        """Attends in one softmax to `memory`, keys and values of slots, and to the turn's own tokens after it."""
         position_embeddings = position_embeddings if self.use_rope else None
         queries = self.queries(hidden_states, position_embeddings)
         keys, values = self.keys_values(hidden_states, position_embeddings)
@@ -294,7 +294,7 @@ class RxTDecoderLayer(GradientCheckpointingLayer):
         return tuple(part * filled for part in states)
 
     def read_memory(self, memory_states, cache, dtype, slot_embeddings):
-        """The same for this layer of the whole memory; with a cache they are computed once a turn."""
+        """Returns this layer's keys and values of the memory; with a cache they are computed once a turn."""
         cached = isinstance(cache, EncoderDecoderCache)
         if cached and cache.is_updated.get(self.memory_idx):
             layer = cache.cross_attention_cache.layers[self.memory_idx]
@@ -345,7 +345,7 @@ class RxTDecoderLayer(GradientCheckpointingLayer):
 
 
 class _BehindSlots:
-    """A cache as masks see it, with so many slots before the turn's first token."""
+    """A cache as masks see it, with a number of slots before the turn's first token."""
 
     def __init__(self, cache: Cache, slots: int):
         self._cache, self._slots = cache, slots
@@ -382,7 +382,7 @@ class RxTPreTrainedModel(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes; of offloaded weights the device that they are brought to."""
+        """The device that the model computes on, also if its weights are offloaded."""
         return execution_device(self)
 
     # what a write that is under way depends on does not change under it
@@ -494,12 +494,12 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         return (noise * config.memory_init_std).to(device=device, dtype=dtype)
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embeddings of ids of any shape; what hooks on the embedding see, such as NEFTune's, is rows of tokens."""
+        """Embeds ids of any shape. Hooks on the embedding, such as NEFTune's, see rows of tokens."""
         return self.embed_tokens(input_ids.flatten(0, -2)).unflatten(0, input_ids.shape[:-1])
 
     def memory_keys_values(self, states: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """
-        What the cross part of a cache holds for a turn that reads `states` of
+        Returns the content of the cross part of a cache for a turn that reads `states` of
         (batch_size, num_memory_layers, num_memory_slots, hidden_size): for each of its layers the keys and values, of
         (batch_size, heads, slots, head_dim). `decode` with a cache that is filled with them needs no `memory_states`.
         """
@@ -509,7 +509,7 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         return [layer.memory_keys_values(states[:, layer.memory_idx].to(dtype), slot_embeddings) for layer in layers]
 
     def _slot_embeddings(self, like: torch.Tensor, slots: int):
-        """What rotates the keys of slots by their places in time, where that is asked for."""
+        """Returns the embeddings that rotate keys of slots by their places in time, if they are rotated."""
         # CODEPATH: converted language models ask for it, RxT presets have cross-attention
         if self.config.memory_positions != "rank":
             return None
@@ -522,9 +522,9 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         memory_states: torch.Tensor | None = None,
     ) -> list[tuple[torch.Tensor, ...]]:
         """
-        What writes the interactions in `inputs_embeds` of (batch_size, tokens, hidden_size), for each memory layer:
-        keys and values, or with `memory_writing="selection"` the states themselves. `memory_states`, the memory under
-        which they were said, is needed by `memory_encoding="decoder_in_passing"` alone.
+        Encodes the interactions in `inputs_embeds` of (batch_size, tokens, hidden_size) for the write. Returns, for
+        each memory layer, keys and values, or the states themselves with `memory_writing="selection"`. Only
+        `memory_encoding="decoder_in_passing"` needs `memory_states`, the memory that these turns read.
         """
         # CODEPATH: converted language models train without a gradient here, RxT presets with one
         has_gradient = torch.is_grad_enabled() and self.config.bptt_turns != 0
@@ -534,7 +534,7 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
     def writable(
         self, encoded_states: list[torch.Tensor], position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> list[tuple[torch.Tensor, ...]]:
-        """What the write takes of `encoded_states`."""
+        """Turns `encoded_states` into the input of the write."""
         if self.memory_attention is None:
             return [(states,) for states in encoded_states]
         return self.memory_attention.keys_values(encoded_states, position_embeddings)
@@ -545,7 +545,7 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         attention_mask: torch.Tensor | None = None,
         memory_states: torch.Tensor | None = None,
     ) -> tuple[list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-        """States that encode an interaction for each memory layer, and the position embeddings of their tokens."""
+        """Returns the states that encode an interaction, by memory layer, and their position embeddings."""
         if attention_mask is not None:
             # a row without a token would attend to nothing; what it encodes is thrown away by the write
             attention_mask = attention_mask.bool() | ~attention_mask.any(dim=-1, keepdim=True)
@@ -576,11 +576,11 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
     def write(
         self, states: torch.Tensor, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The memory after one more interaction, which is encoded first."""
+        """Encodes one more interaction and returns the memory after it."""
         return self._write(states, self.encode(inputs_embeds, attention_mask, states), attention_mask)
 
     def _write(self, states, encoded, attention_mask):
-        """The write itself; rows without a token keep their memory bit-identical."""
+        """Writes encoded interactions; rows without a token keep their memory bit-identical."""
         if self.leaves_out_last_token:
             if attention_mask is None:
                 attention_mask = torch.ones(encoded[0][0].shape[:1] + encoded[0][0].shape[-2:-1], device=states.device)
@@ -692,7 +692,7 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         return RxTModelOutputWithPast(last_hidden_state=hidden_states, stm_cache=stm_cache, cache=cache)
 
     def _read(self, stm_cache, batch_size):
-        """States, turns and fingerprint of the given memory, or those before the first interaction."""
+        """Returns states, turns and fingerprint of the given memory, or those before the first interaction."""
         if stm_cache is None:
             return self.initial_states(batch_size), torch.zeros(batch_size, dtype=torch.long), None
         if torch.compiler.is_compiling() and isinstance(stm_cache, torch.Tensor):
@@ -701,8 +701,8 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         return stm_cache.states, stm_cache.turns, stm_cache.fingerprint
 
     def _check_memory_unchanged(self, stm_cache, cache, batch_size):
-        """Within a turn the memory is fixed: `cache` holds its keys and values."""
-        # the same object, as in every step of generate, needs no look inside
+        """Raises `ValueError` if the memory changes within a turn, whose `cache` holds its keys and values."""
+        # every step of generate passes the same object, whose content need not be compared
         if stm_cache is None or stm_cache is cache.memory_given or torch.compiler.is_compiling():
             return
         states, read = self._read(stm_cache, batch_size)[0], cache.memory_states
@@ -729,12 +729,12 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
-        Hidden states of one interaction for each row, read under `memory_states`, which may be `None` if the cross
-        part of `cache` holds its keys and values already (see `memory_keys_values`); without either, no memory is
-        read. `memory_mask` of (batch_size, slots) is 0 where nothing is to be read. An `attention_mask` that is a dict
-        gives the mask of the tokens for each kind in `config.layer_types`, as the attention implementation takes it.
-        To `layer_inputs`, if given, the inputs of the memory layers are appended, and nothing behind the last of them
-        is computed.
+        Returns the hidden states of one interaction for each row, read under `memory_states`. These may be `None` if
+        the cross part of `cache` already holds their keys and values (see `memory_keys_values`); without either, no
+        memory is read. `memory_mask` of (batch_size, slots) is 0 where nothing is to be read. An `attention_mask` that
+        is a dict gives the mask of the tokens for each kind in `config.layer_types`, as the attention implementation
+        takes it. To `layer_inputs`, if given, the inputs of the memory layers are appended, and nothing behind the
+        last of them is computed.
         """
         if position_ids is None:
             position_ids = positions_in_interaction(attention_mask, inputs_embeds, cache)
@@ -778,7 +778,7 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         return self.norm(hidden_states)
 
     def _causal_masks(self, inputs_embeds, attention_mask, position_ids, cache):
-        """The mask of each type of layer, over the turn's own tokens."""
+        """Returns the mask of each type of layer, over the turn's own tokens."""
         if isinstance(attention_mask, dict):
             return attention_mask
         create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -815,7 +815,7 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         return memory_states, filled
 
     def _masks_behind_slots(self, inputs_embeds, attention_mask, cache, filled, memory_states):
-        """The masks of layers whose self-attention reads the memory: slots stand where earlier tokens would."""
+        """Returns the masks of layers that read the memory jointly: slots stand where earlier tokens would."""
         slots = filled.shape[1]
         if isinstance(attention_mask, dict):
             masks = {}
@@ -857,7 +857,7 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
 
 @contextlib.contextmanager
 def nothing_recorded():
-    """Layers that run here give nothing to the hidden states, attentions or router logits that a forward returns."""
+    """Keeps layers that run here out of the hidden states, attentions and router logits that a forward returns."""
     if torch.compiler.is_compiling():
         yield
         return
@@ -870,9 +870,9 @@ def nothing_recorded():
 
 def load_balancing_losses(router_logits, top_k, weights):
     r"""
-    Load-balancing loss of the Switch Transformer (arXiv 2101.03961, equations 4 to 6) of each row, over its tokens of
-    all layers: `num_experts * sum_e(share of the choices that fall on e * mean probability of e)`. `weights` of
-    (batch_size, tokens) are 0 at padding.
+    Returns the load-balancing loss of the Switch Transformer (arXiv 2101.03961, equations 4 to 6) of each row, over
+    its tokens of all layers: `num_experts * sum_e(share of the choices that fall on e * mean probability of e)`.
+    `weights` of (batch_size, tokens) are 0 at padding.
     """
     probabilities = torch.stack([F.softmax(upcast(logits), dim=-1) for logits in router_logits])
     layers, _, num_experts = probabilities.shape
@@ -888,9 +888,10 @@ def load_balancing_losses(router_logits, top_k, weights):
 
 def row_shares(counts, labels=None, num_items_in_batch=None):
     """
-    What each row counts in a loss beside that of the tokens, (batch_size,): its share of the labels of the optimizer
-    step, since their number is all that a model is told of the step's other batches and processes. So the gradient
-    does not depend on how a step is cut. Without labels: its share of `counts`, what the row's loss is a mean over.
+    Returns the weight of each row, (batch_size,), in a loss other than that of the tokens: its share of the labels of
+    the optimizer step. Their number is all that a model knows about the step's other batches and processes, and so the
+    gradient does not depend on how a step is split. Without labels it is the row's share of `counts`, the number of
+    items that its loss is a mean over.
     """
     if labels is None:
         return counts / counts.sum().clamp(min=1)
@@ -899,7 +900,7 @@ def row_shares(counts, labels=None, num_items_in_batch=None):
 
 
 def refuse_labels_taken_away(labels, num_items_in_batch, lost):
-    """`Trainer` counts labels and then keeps them for a loss of its own, which knows the logits alone."""
+    """Raises `ValueError` where `Trainer` counts labels and then keeps them for its own loss on the logits alone."""
     if labels is None and num_items_in_batch is not None:
         raise ValueError(
             f"The labels were taken away before forward, so that {lost} would be lost: leave out "
@@ -908,7 +909,7 @@ def refuse_labels_taken_away(labels, num_items_in_batch, lost):
 
 
 def refuse_unknown_memory(module, kwargs):
-    """Other words are passed over, as in all models; without the memory that was meant, a conversation is lost."""
+    """Refuses misspelt names of the memory, which would lose a conversation; other unknown words are ignored."""
     for name in kwargs:
         if any(part in name.lower() for part in ("stm", "memory", "write", "read_")):
             raise TypeError(
@@ -920,13 +921,13 @@ def refuse_unknown_memory(module, kwargs):
 @auto_docstring
 class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTCausalEpisodeMixin):
     """
-    A Reactive Transformer with a language-model head. `AutoModel` and `AutoModelForCausalLM` both load it: the memory
-    belongs to the model, and `generate` to the memory.
+    A Reactive Transformer with a language-model head. `AutoModel` and `AutoModelForCausalLM` both load this class,
+    since the memory belongs to the model and `generate` to the memory.
 
-    What feeds the model from outside and takes the second dimension for the tokens knows single turns only. TRL's
-    `SFTTrainer` calls the decoder itself and shifts that dimension: of an episode it would learn each turn as the
-    answer to the turn before, without a word, so train episodes with `Trainer`. PEFT's prompt, prefix and P-tuning put
-    their tokens there, and fail on episodes: use LoRA for them.
+    Libraries that take the second dimension for the tokens work with single turns only. TRL's `SFTTrainer` calls the
+    decoder itself and shifts that dimension: it would silently learn each turn of an episode as the answer to the turn
+    before, so train episodes with `Trainer`. PEFT's prompt, prefix and P-tuning put their tokens into that dimension
+    and fail on episodes: use LoRA.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -1047,7 +1048,7 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTCausalEpisodeMix
         if not all(len(token_ids) for token_ids in interactions):
             raise ValueError("replay got an interaction without a token: leave it out.")
         states = old.states
-        # enough to fill the matrices, and few enough that what is encoded stays small
+        # enough rows to fill the matrices, and few enough to keep the encoded states small
         for start in range(0, len(interactions), 32):
             rows = [
                 torch.tensor(list(token_ids), device=self.device) for token_ids in interactions[start : start + 32]

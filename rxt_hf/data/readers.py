@@ -2,7 +2,7 @@
 r"""
 Readers that bring every source into one schema, and the data set that training takes.
 
-An interaction is a mapping with `query` and `answer`, and where they apply
+An interaction is a mapping with `query` and `answer`, and optionally
 
     instruction   a system prompt; alone (`query` is None) it is an interaction of its own
     role          "tool" if `query` is the result of a tool
@@ -10,9 +10,9 @@ An interaction is a mapping with `query` and `answer`, and where they apply
     train         False if the answer is written into the memory and not learned
     recall        `[[start, end, distance], ...]`: words of `answer`, as character spans, that only earlier turns tell
 
-`query` and `answer` are texts, or lists of token ids (see `rxt_hf.data.tasks`). Without an answer (None) nothing is
-learned in that turn, but it is written into the memory. An episode is a mapping with `interactions`; its `probes`, if
-it has them, are questions to be asked after the last interaction, each from the same memory.
+`query` and `answer` are texts, or lists of token ids (see `rxt_hf.data.tasks`). A turn without an answer (None) is
+written into the memory, and nothing is learned from it. An episode is a mapping with `interactions`, and optionally
+`probes`: questions asked after the last interaction, each from the same memory.
 """
 
 import copy
@@ -47,7 +47,8 @@ def converted_rows(
     source: Any, convert: Callable[[Any], Any], split: str | None = None, *, skip_bad_rows: bool = False
 ) -> Iterator[tuple[str, Any]]:
     """
-    Place, and what `convert` makes of it, of each row of a source, as [`read_episodes`] takes one, unless it is None.
+    Yields the place of each row of a source of [`read_episodes`] and what `convert` makes of the row, unless it is
+    None.
 
     Raises: `ValueError` that begins with the place for a row that is not JSON or that `convert` refuses.
     """
@@ -81,7 +82,7 @@ def converted_rows(
 
 
 def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON or JSONL file, packed or not; raises `ValueError` with the line of anything else."""
+    """Yields the rows of a JSON or JSONL file, packed or not; raises `ValueError` with the line of a bad row."""
     for place, row in converted_rows(path, lambda row: row):
         if not isinstance(row, dict):
             raise ValueError(f"{place}: this is a {type(row).__name__}, expected an object.")
@@ -100,11 +101,11 @@ def read_episodes(source: Any, split: str | None = None, *, skip_bad_rows: bool 
             `datasets.DatasetDict` has them.
         split (`str`, *optional*): in a folder, the name of the file: `train` reads `train.jsonl`, `train.jsonl.gz` or
             `train.json`.
-        skip_bad_rows (`bool`): leaves out rows that cannot be read; a warning at the end tells how many, and why.
+        skip_bad_rows (`bool`): leaves out rows that cannot be read; a warning at the end says how many, and why.
 
     Raises:
-        `FileNotFoundError` if the file or the split is not there, `ValueError` for a row that is none of these, with
-        file, line and field, and for a file that is empty.
+        `FileNotFoundError` if the file or the split is missing; `ValueError`, with file, line and field, for a row of
+        another layout, and for an empty file.
 
     Example:
 
@@ -134,7 +135,7 @@ def _split_file(path: Path, split: str | None) -> Path:
 
 
 def cut_episode(episode: Mapping[str, Any], max_turns: int) -> dict[str, Any]:
-    """The first `max_turns` interactions, with the probes whose value is said for the last time within them."""
+    """Returns the first `max_turns` interactions, with the probes whose value is last said within them."""
     cut = max(0, len(episode["interactions"]) - max_turns)
     shorter = dict(episode, interactions=episode["interactions"][:max_turns])
     if cut and episode.get("probes"):
@@ -151,8 +152,9 @@ class Episodes(Dataset):
     Labels are -100 outside of answers that are learned. Encoding is done once, at creation.
 
     Args:
-        tokenizer (`PreTrainedTokenizerFast`): one with control tokens; None for dialogues of token ids.
-        dialogues (`Iterable[Mapping]`): episodes, see the module.
+        tokenizer (`PreTrainedTokenizerFast`): a tokenizer with a chat template of RxT; None for dialogues of token
+            ids.
+        dialogues (`Iterable[Mapping]`): episodes, as [`read_episodes`] yields them.
         max_turns (`int`, *optional*): longer episodes are cut to their first `max_turns` interactions.
         max_tokens (`int`, *optional*): an episode ends before its first interaction of more tokens. Without it,
             interactions longer than `tokenizer.model_max_length` raise.
@@ -163,7 +165,7 @@ class Episodes(Dataset):
             of the marked words, so that `recall_labels[i]` in place of `labels` gives the loss on recalled words.
         sizes (`list[tuple[int, int]]`): turns of each item, and tokens of its longest turn.
 
-    Dialogues of which nothing to learn remains are left out; a warning tells how many.
+    Dialogues without anything to learn are left out; a warning says how many.
     """
 
     def __init__(
@@ -214,7 +216,7 @@ class Episodes(Dataset):
 
 
 def said(turn: Mapping[str, Any]) -> list[str]:
-    """The texts of an interaction in their order, without what is not there or is a list of ids."""
+    """Returns the texts of an interaction in order, without missing ones and lists of ids."""
     texts = (turn.get(name) for name in ("instruction", "query", "answer"))
     return [text for text in texts if text and isinstance(text, str)]
 
@@ -222,7 +224,7 @@ def said(turn: Mapping[str, Any]) -> list[str]:
 def encode_turns(
     tokenizer: PreTrainedTokenizerFast | None, turns: Sequence[Mapping[str, Any]]
 ) -> list[tuple[list[int], list[int]]]:
-    """Ids and labels of each turn, -100 throughout where `train` is False; all are encoded in one call."""
+    """Encodes all turns in one call and returns ids and labels of each, all -100 where `train` is False."""
     rows = _encode_all(tokenizer, turns)
     return [
         (ids, [-100] * len(ids)) if turn.get("train") is False else (ids, labels)
@@ -285,7 +287,7 @@ def _recall_labels(
 
 
 def _places(rendered: str, text: str) -> list[int]:
-    """For each character of the rendered text, and its end, how many of `text` stand before it."""
+    """Returns, for each character of the rendered text and for its end, the characters of `text` before it."""
     places = [0]
     for character in rendered:
         places.append(places[-1] + (text[places[-1] : places[-1] + 1] == character))
@@ -301,13 +303,13 @@ def bucket_by_turns(
     epoch: int = 0,
 ) -> list[list[int]]:
     r"""
-    Batches of indices, as `DataLoader(batch_sampler=...)` takes them: every episode once, those of about equal turns
-    and tokens together, in an order that depends on `seed` and `epoch` alone.
+    Returns batches of indices for `DataLoader(batch_sampler=...)`: every episode once, episodes of similar turns and
+    tokens together, in an order that depends on `seed` and `epoch` only.
 
     Args:
         sizes (`Sequence[tuple[int, int]]`): turns, and tokens of the longest turn, of each episode: `Episodes.sizes`.
         max_batch_tokens (`int`): upper bound of batch size x turns x tokens of a padded batch.
-        max_turn_difference (`int`): between the episodes of a batch.
+        max_turn_difference (`int`): largest difference in turns within a batch.
 
     Raises:
         `ValueError` if an episode alone is larger than `max_batch_tokens`.
@@ -347,7 +349,7 @@ def pack_texts(
     tokenizer: PreTrainedTokenizerFast, texts: Iterable[str], length: int
 ) -> Iterator[dict[str, list[int]]]:
     r"""
-    Rows of `length` tokens from a corpus of plain text, for the stages before dialogues.
+    Packs a corpus of plain text into rows of `length` tokens, for the stages before dialogues.
 
     The documents follow each other as `[BOS]text[EOS]` and are cut wherever a row is full: no token is lost or
     doubled, and only the last row may be shorter. Text that spells a control token stays text.

@@ -11,7 +11,7 @@ model, tokenizer, code and card, and is what the next stage's `model` names. Sev
 
     torchrun --nproc_per_node 2 -m rxt_hf.cli train memory_aware --config memory_aware.yaml
 
-and on several machines by the same line on each of them, here two with eight devices:
+and on several machines by the same line on each machine, here two with eight devices:
 
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint first-machine:29500 \
         -m rxt_hf.cli train memory_aware --config memory_aware.yaml
@@ -91,7 +91,7 @@ RECIPE: dict[str, Any] = {
 
 @dataclass
 class RunArguments:
-    """What a run needs beside `TrainingArguments`."""
+    """Arguments of a run, besides `TrainingArguments`."""
 
     data: list[str] = field(
         default_factory=list, metadata={"help": "Training data: JSONL files, folders, or facts (generated dialogues)."}
@@ -189,7 +189,7 @@ def parse(
     stage: str, words: Sequence[str] = (), config: str | os.PathLike | None = None
 ) -> tuple[RunArguments, TrainingArguments]:
     """
-    The arguments of a run: our defaults, over them the YAML file `config`, over it the words of the command line.
+    Returns the arguments of a run. The command line overrides the YAML file `config`, which overrides our defaults.
 
     Raises: `ValueError` for an unknown key or word, and for a value of the wrong type; `OSError` without the file.
     """
@@ -210,7 +210,7 @@ def parse(
 
 
 def read_config(path: Path, known: set[str]) -> dict[str, Any]:
-    """The fields in a YAML file; numbers as text, so that argparse checks them as it checks the command line's."""
+    """Reads the fields of a YAML file; numbers stay text, so argparse checks them like those of the command line."""
     import yaml
 
     try:
@@ -232,7 +232,7 @@ def _meant(name: str, known: set[str]) -> str:
 
 
 def check(stage: str, options: RunArguments, args: TrainingArguments) -> None:
-    """Raises `ValueError` or `OSError` for what is certain to fail later, before anything is loaded."""
+    """Raises `ValueError` or `OSError` for settings that are certain to fail later, before anything is loaded."""
     if stage not in STAGE_NAMES:
         raise ValueError(f"There is no training stage {stage!r}; the stages are {list(STAGE_NAMES)}.")
     if not options.data:
@@ -266,7 +266,7 @@ def check(stage: str, options: RunArguments, args: TrainingArguments) -> None:
 
 
 def file_of(source: str, split: str) -> Path:
-    """The file of a source; raises `FileNotFoundError` if it, or the split of a folder, is not there."""
+    """Returns the file of a source; raises `FileNotFoundError` if the file, or the split of a folder, is missing."""
     path = Path(source).expanduser()
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source)
@@ -331,7 +331,7 @@ def _preferences(row: Any) -> list[dict[str, Any]] | None:
 def features_of(
     stage: str, sources: Sequence[str], split: str, options: RunArguments, model: Any, tokenizer: Any
 ) -> list[dict[str, Any]]:
-    """What the stage's collator takes; raises `ValueError` if the sources hold nothing that the stage can learn."""
+    """Returns the features of the stage's collator; raises `ValueError` if the stage can learn nothing from them."""
     needs = "no answer within the limits of turns and tokens"
     tokens = options.tokens or min(model.config.max_position_embeddings, tokenizer.model_max_length)
     if stage == "pretraining":
@@ -364,7 +364,7 @@ def _single_turns(episode: Mapping[str, list[list[int]]]) -> Iterator[dict[str, 
 
 
 class Batches(Dataset):
-    """One item is a batch: features of about as many turns and tokens, see [`bucket_by_turns`]."""
+    """A data set whose items are batches of features of similar length, see [`bucket_by_turns`]."""
 
     def __init__(self, features: Sequence[dict[str, Any]], max_batch_tokens: int):
         rows = [row if isinstance(row[0], list) else [row] for row in (feature["input_ids"] for feature in features)]
@@ -386,7 +386,7 @@ class Batches(Dataset):
 
 @dataclass
 class BatchCollator:
-    """A batch of one item, which is a batch."""
+    """Collates one item of [`Batches`], which is a batch already."""
 
     collate: Any
 
@@ -444,7 +444,7 @@ def load_model(stage: str, options: RunArguments, start: str | None, tokenizer: 
 
 
 def adapted(stage: str, model: RxTForCausalLM, tokenizer: Any, rank: int) -> Any:
-    """The model with LoRA on its decoder, of which what the stage does not train stays still."""
+    """Returns the model with LoRA on its decoder; parameters that the stage does not train stay frozen."""
     from peft import get_peft_model
 
     model_with_adapters: Any = get_peft_model(model, adapter_config(model, tokenizer, r=rank, lora_alpha=2 * rank))
@@ -527,7 +527,7 @@ def train(stage: str, options: RunArguments, args: TrainingArguments) -> Path:
 
     Returns: `args.output_dir`, a folder as [`rxt_hf.hub.export`] writes it.
 
-    Raises: `ValueError` or `OSError` for what does not fit together, before the first step.
+    Raises: `ValueError` or `OSError`, before the first step, for settings that do not fit together.
     """
     check(stage, options, args)
     folder = Path(str(args.output_dir))
@@ -561,7 +561,7 @@ def train(stage: str, options: RunArguments, args: TrainingArguments) -> Path:
 
 
 def card_facts(stage: str, options: RunArguments, trainer: Trainer, measured: Mapping[str, float]) -> dict[str, Any]:
-    """What `rxt_hf.hub.model_card` takes: where the model comes from, what it read, how long, and its losses."""
+    """Returns arguments of `rxt_hf.hub.model_card`: origin of the model, data, length of the training and losses."""
     names = [source if source == FACTS else Path(source).name for source in options.data]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     tests = [source if source == FACTS else Path(source).name for source in options.eval_data]

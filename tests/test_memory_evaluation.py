@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from rxt_hf.chat_template import encode_interactions, train_tokenizer
+from rxt_hf.data import readers
 from rxt_hf.data.facts import corpus_texts
 from rxt_hf.evaluation import memory as evaluation
 from rxt_hf.evaluation import report as reporting
@@ -111,6 +112,20 @@ def test_teacher_forced_figures_are_those_of_a_loop_over_turns(model, tokenizer,
         "1-1": 3,
         "2-2": 3,
     }
+
+
+def test_each_dialogue_is_encoded_once_whatever_its_distances(tokenizer, monkeypatch):
+    """One integer for each token says how long ago its word was said; turns without a mark have zeros."""
+    calls, encode = [], readers.encode_turns
+    monkeypatch.setattr(readers, "encode_turns", lambda *args: calls.append(args) or encode(*args))
+    ((indices, batch),) = Dialogues(tokenizer, DIALOGUES, max_tokens=64).batches
+    assert len(calls) == len(DIALOGUES)
+    row = indices.index(0)
+    assert batch["distances"].shape == batch["labels"].shape
+    assert not batch["distances"][row, :2].any()
+    is_marked = batch["distances"][row, 2] > 0
+    assert tokenizer.decode(batch["input_ids"][row, 2][is_marked]).split() == ["7", "people"]
+    assert set(batch["distances"][row, 2][is_marked].tolist()) == {1, 2}
 
 
 @torch.no_grad()

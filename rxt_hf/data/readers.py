@@ -161,8 +161,8 @@ class Episodes(Dataset):
 
     Attributes:
         dialogues (`list`): the source of each item, cut as the item is.
-        recall_labels (`list`): for each item None if its source marks no `recall`, else labels that are -100 outside
-            of the marked words, so that `recall_labels[i]` in place of `labels` gives the loss on recalled words.
+        recall_distances (`list`): for each item None if its source marks no `recall`, else for each token of each
+            turn the number of turns since the word was last said, and 0 outside of the marked words.
         sizes (`list[tuple[int, int]]`): turns of each item, and tokens of its longest turn.
 
     Dialogues without anything to learn are left out; a warning says how many.
@@ -184,7 +184,7 @@ class Episodes(Dataset):
             tokenizer = copy.copy(tokenizer)
             tokenizer.model_max_length = int(1e30)
         self.dialogues: list[dict[str, Any]] = []
-        self.recall_labels: list[list[list[int]] | None] = []
+        self.recall_distances: list[list[list[int]] | None] = []
         self._features: list[dict[str, list[list[int]]]] = []
         left_out = 0
         for number, dialogue in enumerate(dialogues):
@@ -200,7 +200,7 @@ class Episodes(Dataset):
             input_ids, labels = map(list, zip(*rows[:kept], strict=True))
             self._features.append({"input_ids": input_ids, "labels": labels})
             self.dialogues.append(cut_episode(dialogue, kept))
-            self.recall_labels.append(_recall_labels(tokenizer, self.dialogues[-1]["interactions"], input_ids))
+            self.recall_distances.append(_recall_distances(tokenizer, self.dialogues[-1]["interactions"], input_ids))
         if left_out:
             logger.warning(f"{left_out} of {left_out + len(self)} dialogues have no answer within the limits.")
 
@@ -209,6 +209,18 @@ class Episodes(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, list[list[int]]]:
         return self._features[index]
+
+    @property
+    def recall_labels(self) -> list[list[list[int]] | None]:
+        """Labels of the marked words alone, -100 elsewhere: in place of `labels` they give the loss on recall."""
+        return [
+            distances
+            and [
+                [token if distance else -100 for token, distance in zip(*turn, strict=True)]
+                for turn in zip(item["input_ids"], distances, strict=True)
+            ]
+            for item, distances in zip(self._features, self.recall_distances, strict=True)
+        ]
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -264,13 +276,13 @@ def _messages(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
     return messages
 
 
-def _recall_labels(
+def _recall_distances(
     tokenizer: PreTrainedTokenizerFast | None, turns: Sequence[Mapping[str, Any]], input_ids: Sequence[list[int]]
 ) -> list[list[int]] | None:
     if tokenizer is None or all(turn.get("recall") is None for turn in turns):
         return None
-    rows = [[-100] * len(ids) for ids in input_ids]
-    for turn, ids, row in zip(turns, input_ids, rows, strict=True):
+    rows = [[0] * len(ids) for ids in input_ids]
+    for turn, row in zip(turns, rows, strict=True):
         if not turn.get("recall"):
             continue
         ((rendered, start),) = render_chats(tokenizer, [_messages(turn)])
@@ -281,8 +293,8 @@ def _recall_labels(
         for position, span in enumerate(offsets):
             # a token may begin with the space that a template puts before the answer
             first, last = (places[max(offset - text_start, 0)] for offset in span)
-            if any(begin < last and first < end for begin, end, *_ in turn["recall"]):
-                row[position] = ids[position]
+            marked = [distance for begin, end, distance in turn["recall"] if begin < last and first < end]
+            row[position] = max(1, min(marked)) if marked else 0
     return rows
 
 

@@ -120,15 +120,13 @@ class Dialogues:
     Attributes:
         episodes ([`Episodes`]): the dialogues, cut before their first interaction of more than `max_tokens` tokens.
         batches: pairs of indices into `episodes`, and their padded `input_ids`, `attention_mask`, `labels`, and
-            `distances`: 0, or for recalled words the number, from 1, in `DISTANCES`.
+            `distances`: for recalled words the number of turns since they were last said, 0 elsewhere.
     """
 
     def __init__(self, tokenizer: Any, dialogues: Sequence[Mapping[str, Any]], *, max_tokens: int):
         if any(isinstance(turn["query"], list) for dialogue in dialogues for turn in dialogue["interactions"]):
             raise ValueError("The dialogues hold token ids, expected text.")
         self.episodes = Episodes(tokenizer, dialogues, max_tokens=max_tokens)
-        kept = self.episodes.dialogues
-        by_distance = [Episodes(tokenizer, recalled_at(kept, *limits), max_tokens=max_tokens) for limits in DISTANCES]
         sizes = self.episodes.sizes
         if not sizes:
             raise ValueError(
@@ -141,16 +139,12 @@ class Dialogues:
         pad = RxTEpisodeCollator(tokenizer.pad_token_id)
         self.batches: list[tuple[list[int], dict[str, torch.Tensor]]] = []
         for indices in groups:
-            features = [self.episodes[index] for index in indices]
-            batch = pad(features)
-            batch["distances"] = torch.zeros_like(batch["labels"])
-            for number, found in reversed(list(enumerate(by_distance, 1))):
-                marked = [
-                    {"input_ids": feature["input_ids"], "labels": found.recall_labels[index]}
-                    for feature, index in zip(features, indices, strict=True)
-                ]
-                batch["distances"][pad(marked)["labels"] != -100] = number
-            self.batches.append((indices, batch))
+            features = [self.episodes[index] | {"distances": self._distances(index)} for index in indices]
+            self.batches.append((indices, pad(features)))
+
+    def _distances(self, index: int) -> list[list[int]]:
+        marked = self.episodes.recall_distances[index]
+        return [[0] * len(ids) for ids in self.episodes[index]["input_ids"]] if marked is None else marked
 
     def __len__(self) -> int:
         return len(self.episodes)
@@ -180,7 +174,7 @@ def figures_of(losses_of: Callable[[Mapping[str, torch.Tensor]], torch.Tensor], 
         distances.append(batch["distances"][..., 1:][is_target])
     nats, turn, distance = map(torch.cat, (losses, turns, distances))
     means = _means(nats, {"all": turn > 0} | {str(number): turn == number for number in turn.unique().tolist()})
-    by_distance = {f"{low}-{high}": distance == number for number, (low, high) in enumerate(DISTANCES, 1)}
+    by_distance = {f"{low}-{high}": (distance >= low) & (distance <= high) for low, high in DISTANCES}
     return {
         "answer_perplexity": {name: [math.exp(min(mean, 700.0)), number] for name, (mean, number) in means.items()},
         "recall_loss": _means(nats, {"all": distance > 0} | by_distance),

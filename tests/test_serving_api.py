@@ -1,10 +1,12 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """Every endpoint, driven by OpenAI's own Python client over a socket."""
 
+import ast
 import itertools
 import json
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -617,3 +619,19 @@ def test_a_turn_that_takes_too_long_is_ended(monkeypatch):
             client.responses.create(model="rxt", input=FACT, max_output_tokens=100, temperature=2.0, stream=True)
         )
         assert events[-1].type == "response.failed" and "timeout" in events[-1].response.error.message
+
+
+def test_the_transcript_of_the_documents_is_what_happens(capsys):
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    lines, shown = code.splitlines(), 0
+    with running_server(name="demo", keeps_text=False) as (url, _):
+        names = {}
+        for node in ast.parse(code.replace("http://127.0.0.1:8000", url)).body:
+            comment = lines[node.end_lineno] if node.end_lineno < len(lines) else ""
+            if isinstance(node, ast.Expr) and comment.startswith('# "'):
+                assert eval(ast.unparse(node), names) == ast.literal_eval(comment[2:])
+                shown += 1
+            else:
+                exec(ast.unparse(node), names)
+    assert shown == 4 and len(capsys.readouterr().out) > 10

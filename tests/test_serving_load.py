@@ -6,8 +6,12 @@ import contextlib
 import functools
 import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -215,3 +219,70 @@ def test_replicas_on_one_redis_answer_each_others_conversations_and_lose_nothing
         answers = asyncio.run(run())
         assert killed.is_set()
     assert answers == [alone(script, 4) for script in range(6)]
+
+
+@pytest.mark.slow
+def test_replicas_of_ray_serve_answer_each_others_conversations_and_survive_a_kill():
+    psutil = pytest.importorskip("psutil")
+    # RXT_RAY_SERVE names the command of another environment that has ray
+    command = os.environ.get("RXT_RAY_SERVE") or shutil.which("serve", path=str(Path(sys.executable).parent))
+    if command is None:
+        pytest.skip("the package ray is not installed: pip install 'ray[serve]'")
+    root, url = Path(__file__).parent.parent, "http://127.0.0.1:8000"
+    with redis_server() as store:
+        environment = {**os.environ, "RXT_STORE": store, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        running = subprocess.Popen([command, "run", "examples.ray_serve:app"], cwd=root, env=environment, **pipes)
+        try:
+            end = time.monotonic() + 180
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(f"{url}/ready").status_code == 200:
+                        break
+                assert running.poll() is None and time.monotonic() < end, "ray does not start"
+                time.sleep(1)
+
+            def replicas():
+                return [
+                    process
+                    for process in psutil.Process(running.pid).children(recursive=True)
+                    if "ServeReplica" in " ".join(process.cmdline())
+                ]
+
+            assert len(replicas()) == 2
+            killed = []
+
+            async def conversation(http, script):
+                answers, previous = [], None
+                while len(answers) < 6:
+                    if len(answers) == 3 and not killed:
+                        killed.append(replicas()[0])
+                        killed[0].kill()
+                    body = {"input": SCRIPTS[script][len(answers)], "previous_response_id": previous}
+                    try:
+                        response = await http.post("/v1/responses", json=body)
+                    except httpx.TransportError:
+                        continue
+                    if response.status_code >= 500:
+                        # of the proxy, while it finds out
+                        await asyncio.sleep(0.5)
+                        continue
+                    answers.append(text_of(response))
+                    previous = response.json()["id"]
+                return answers
+
+            answers = asyncio.run(all_of(url, [functools.partial(conversation, script=each) for each in range(6)]))
+            assert killed and answers == [alone(script, 6) for script in range(6)]
+            key = httpx.post(f"{url}/v1/conversations", json={}, timeout=60).json()["id"]
+
+            async def speak(http):
+                return await http.post("/v1/responses", json={"input": "Tell me a joke.", "conversation": key})
+
+            statuses = [response.status_code for response in asyncio.run(all_of(url, [speak] * 6))]
+            assert sorted(statuses) == [200, 409, 409, 409, 409, 409]
+        finally:
+            running.send_signal(signal.SIGINT)
+            try:
+                running.wait(60)
+            finally:
+                running.kill()

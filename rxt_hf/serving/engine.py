@@ -214,7 +214,7 @@ class Engine:
         tokenizer (`PreTrainedTokenizerFast`): for the text of the answers.
         max_rows (`int`, *optional*): turns that are generated at once; by default what half of the free memory holds,
             at most 256. All of it is allocated here, so that no turn that is admitted can lack memory.
-        max_waiting (`int`, *optional*, defaults to four times `max_rows`): turns that may wait.
+        max_waiting (`int`, *optional*, defaults to four times `max_rows`, at least 64): turns that may wait.
         compiles (`bool`): whether the step is compiled by `torch.compile`, for powers of two of rows.
 
     Raises: `ValueError` for an attention implementation without a mask of its own choice.
@@ -242,7 +242,7 @@ class Engine:
             example = model.model.memory_keys_values(states)
         self._dtype = states.dtype
         self.max_rows = max_rows or min(256, max(1, free_bytes(model.device) // 2 // bytes_of_row(model, example)))
-        self.max_waiting = 4 * self.max_rows if max_waiting is None else max_waiting
+        self.max_waiting = max(64, 4 * self.max_rows) if max_waiting is None else max_waiting
         config, dtype, device = self.config, example[0][0].dtype, example[0][0].device
         shape = (config.num_key_value_heads, config.max_position_embeddings, config.head_dim)
         self._within = _Tables((config.num_hidden_layers, self.max_rows, *shape), dtype, device)

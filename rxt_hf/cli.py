@@ -251,12 +251,14 @@ def _target(text: str) -> Path:
 
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", metavar="MODEL", help="Llama, Mistral, Qwen2/3, SmolLM3, or a folder of RxT's authors"
+        "model",
+        metavar="MODEL",
+        help="Llama, Mistral, Qwen2/3 or SmolLM3 by folder or name, or a folder of RxT's authors",
     )
-    parser.add_argument("folder", metavar="FOLDER", help="new, empty, or an earlier export, which is replaced")
+    parser.add_argument("folder", metavar="FOLDER", help="target: a new or empty folder, or an earlier export")
     parser.add_argument("--slots", type=int, metavar="N", help="slots of each memory layer (default: 64)")
     parser.add_argument(
-        "--memory-layers", type=_layers, metavar="0,2,4", help="decoder layers that read the memory; default all"
+        "--memory-layers", type=_layers, metavar="0,2,4", help="decoder layers that read the memory (default: all)"
     )
 
 

@@ -31,68 +31,76 @@ class RxTConfig(PreTrainedConfig):
     interaction into it. Names shared with [`LlamaConfig`] mean the same here; the others are:
 
     Args:
-        max_position_embeddings (`int`): longest interaction, query and answer together, in tokens.
-        head_dim (`int`, *optional*): defaults to `hidden_size // num_attention_heads`. Sparse Query Attention
-            (arXiv 2510.01817) is fewer query heads at an unchanged `head_dim`.
+        max_position_embeddings (`int`): longest interaction in tokens, query and answer together.
+        head_dim (`int`, *optional*): size of a head (default: `hidden_size // num_attention_heads`). Fewer query heads
+            at an unchanged `head_dim` are Sparse Query Attention (arXiv 2510.01817).
         attention_bias (`bool`): biases of the q, k and v projections.
         attention_output_bias (`bool`): biases of the o projections.
         use_qk_norm (`bool`): RMSNorm over `head_dim` of queries and keys before the rotation, in the decoder's
             self-attention and the memory encoder.
-        use_gated_attention (`bool`): multiplies the heads' output by `sigmoid(gate_proj(x))`, `x` the query's input.
-        use_gated_cross_attention (`bool`, *optional*): the same for the memory cross-attention; defaults to it.
-        use_gated_memory_encoder_attention (`bool`, *optional*): the same for the memory encoder; defaults to it.
+        use_gated_attention (`bool`): multiplies the output of the heads by `sigmoid(gate_proj(x))`, where `x` is the
+            input of the queries.
+        use_gated_cross_attention (`bool`, *optional*): the same gate in the memory cross-attention (default:
+            `use_gated_attention`).
+        use_gated_memory_encoder_attention (`bool`, *optional*): the same gate in the memory encoder (default:
+            `use_gated_attention`).
         sliding_window (`int`, *optional*): tokens that a layer of type `"sliding_attention"` looks back.
         layer_types (`list[str]`, *optional*): `"full_attention"` or `"sliding_attention"` for each decoder layer.
         no_rope_layers (`list[int]`, *optional*): decoder layers whose self-attention does not rotate.
         use_final_norm (`bool`): norm before the language-model head.
         lm_head_bias (`bool`): bias of the language-model head.
         num_experts (`int`): experts of the decoder's feed-forward; 0 is dense.
-        moe_layers (`list[int]`, *optional*): decoder layers with experts; default all.
-        num_shared_experts (`int`): experts that every token passes; several are mixed by a softmax gate.
-        shared_expert_intermediate_size (`int`, *optional*): defaults to `moe_intermediate_size`.
+        moe_layers (`list[int]`, *optional*): decoder layers with experts (default: all).
+        num_shared_experts (`int`): experts that every token passes; a softmax gate mixes several.
+        shared_expert_intermediate_size (`int`, *optional*): width of a shared expert (default:
+            `moe_intermediate_size`).
         use_weighted_shared_experts (`bool`): scales routed and shared output by their share of the experts in use.
         num_memory_slots (`int`): slots of each memory layer.
-        memory_layers (`list[int]`, *optional*): decoder layers that read the memory, in order; default all. The memory
-            has as many layers as this list.
+        memory_layers (`list[int]`, *optional*): decoder layers that read the memory, in order (default: all). The
+            memory has one layer for each.
         memory_init (`str`): the memory before the first interaction: `"learned"`, `"random"` (normal, the paper's
             choice) or `"zeros"`.
-        memory_init_std (`float`): standard deviation of the random memory, and of the learned one at its start.
-        memory_reading (`str`): how a decoder layer reads its memory. `"cross_attention"` (the paper's): by an
-            attention of its own. `"joint"` (ours): slots are further keys and values of the layer's self-attention, by
-            its own norm and projections, in one softmax with the turn's tokens.
-        memory_positions (`str`): where slots stand if they are read jointly: nowhere, their keys are not rotated
-            (`"none"`), or at their rank in time, with the turn's tokens behind the last slot (`"rank"`).
-        memory_encoding (`str`): what encodes a finished interaction. `"encoder"` (the paper's): bidirectional layers
-            of their own, whose outputs are written. The others (ours) write the inputs of the decoder's own layers:
+        memory_init_std (`float`): standard deviation of the random memory, and of the learned one before training.
+        memory_reading (`str`): how a decoder layer reads its memory. `"cross_attention"` (the paper's form) is an
+            attention of its own. `"joint"` (ours) makes slots further keys and values of the layer's self-attention,
+            with its norm and projections, in one softmax with the turn's tokens.
+        memory_positions (`str`): places of slots that are read jointly: `"none"` leaves their keys unrotated, `"rank"`
+            rotates them by their rank in time, with the turn's tokens after the last slot.
+        memory_encoding (`str`): how a finished interaction is encoded. `"encoder"` (the paper's form): by
+            bidirectional
+            layers of its own, whose outputs are written. The others (ours) write the inputs of the decoder's layers:
             `"decoder"` reads the interaction once more without a memory, all turns of an episode at once;
-            `"decoder_in_passing"` takes the states that the decoder computed while it read its memory and answered.
-        memory_writing (`str`): `"attention"` (the paper's): memory attention and gates. `"selection"` (ours): slots
-            are copies of encoded tokens, of which the most salient stay, see `RxTMemorySelection`.
-        memory_encoder_intermediate_size (`int`, *optional*): defaults to `intermediate_size`.
-        cross_attention_zero_init (`bool`): the memory cross-attention's output starts at zero, so that a model which
-            has just been given a memory computes what it did without.
-        cross_attention_head_gate (`bool`): a gate `tanh(g)` for each head of the memory cross-attention, closed at
-        first.
+            `"decoder_in_passing"` keeps the states that the decoder computed while it read its memory and answered.
+        memory_writing (`str`): how the memory is written. `"attention"` (the paper's form): by memory attention and
+            gates. `"selection"` (ours): slots are copies of encoded tokens, and the most salient stay, see
+            `RxTMemorySelection`.
+        memory_encoder_intermediate_size (`int`, *optional*): feed-forward width of the memory encoder (default:
+            `intermediate_size`).
+        cross_attention_zero_init (`bool`): starts the output of the memory cross-attention at zero, so that a model
+            that has just been given a memory computes what it did without.
+        cross_attention_head_gate (`bool`): a gate `tanh(g)` for each head of the memory cross-attention, closed before
+            training.
         memory_attention_type (`str`): what the memory attends to before it is written: `"simple"` (nothing), `"self"`
             (its own layer), `"interlayer"` (the mean of all layers) or `"self_interlayer"` (a gated mix of the two).
         memory_gate_type (`str`): `"static"`, `"elementwise"` or `"linear"`, see `RxTResidualGate`.
-        memory_gate_status (`str`): what the gate sees of a slot: `"mean"`, `"linear"` or `"slot"`.
+        memory_gate_status (`str`): input of the gate from a slot: `"mean"`, `"linear"` or `"slot"`.
         memory_gate_granularity (`str`): one gate for each `"layer"`, `"slot"` or `"element"`.
         memory_gate_activation (`str`): `"sigmoid"`, `"tanh"` or `"none"` (a plain sum).
-        memory_gate_init (`float`): the gate's parameter or bias at the start; negative keeps more than it writes.
-        bptt_turns (`int`, *optional*): in training on episodes, gradients flow back through at most this many writes:
-            every `bptt_turns`-th write starts from a detached memory. Default: through all; 0: through none, and
-            interactions are encoded without a gradient.
-        mlm_loss_coef (`float`): weight of the memory encoder's masked-token loss in [`RxTForPreTraining`].
-        memory_noise_std (`float`): noise on what the decoder reads in [`RxTForPreTraining`], as a share of its size.
+        memory_gate_init (`float`): parameter or bias of the gate before training; a negative one keeps more than it
+            writes.
         memory_encoder_num_attention_heads (`int`, *optional*): query heads of the memory encoder.
-        memory_encoder_num_key_value_heads (`int`, *optional*): its key and value heads.
+        memory_encoder_num_key_value_heads (`int`, *optional*): key and value heads of the memory encoder.
         cross_attention_num_attention_heads (`int`, *optional*): query heads of the memory cross-attention.
-        cross_attention_num_key_value_heads (`int`, *optional*): its key and value heads.
+        cross_attention_num_key_value_heads (`int`, *optional*): key and value heads of the memory cross-attention.
         memory_attention_num_attention_heads (`int`, *optional*): query heads of the write and of `"self"`.
-        memory_attention_num_key_value_heads (`int`, *optional*): its key and value heads.
+        memory_attention_num_key_value_heads (`int`, *optional*): key and value heads of the write and of `"self"`.
         interlayer_attention_num_attention_heads (`int`, *optional*): query heads of the attention to other layers.
-        interlayer_attention_num_key_value_heads (`int`, *optional*): its key and value heads.
+        interlayer_attention_num_key_value_heads (`int`, *optional*): key and value heads of that attention.
+        bptt_turns (`int`, *optional*): writes that gradients flow back through in training: every `bptt_turns`-th
+            write
+            starts from a detached memory (default: all; 0: none, and interactions are encoded without a gradient).
+        mlm_loss_coef (`float`): weight of the memory encoder's masked-token loss in [`RxTForPreTraining`].
+        memory_noise_std (`float`): noise on the memory in [`RxTForPreTraining`], as a share of its size.
 
     Example:
 

@@ -40,8 +40,8 @@ _known_lock = threading.Lock()
 
 def memory_fingerprint(model: nn.Module) -> str:
     """
-    What [`RxTForCausalLM.memory_fingerprint`] says of an [`RxTModel`]. It is computed again once the weights in effect
-    have changed, and is kept outside of the model, which stays as it is.
+    Returns the fingerprint of [`RxTForCausalLM.memory_fingerprint`] for an [`RxTModel`]. It is computed again when the
+    weights in effect have changed, and is kept outside of the model, which does not change.
     """
     state = weights_state(model)
     with _known_lock:
@@ -56,9 +56,9 @@ def memory_fingerprint(model: nn.Module) -> str:
 
 def fingerprints_match(found: str | None, expected: str | None) -> bool:
     """
-    Whether a memory with the fingerprint `found` may go on under weights with the fingerprint `expected`: both are
-    equal, or have the same hash of weights (a fingerprint of 64 hexadecimal digits is such a hash alone), or both
-    write the same but for rounding: in no memory layer do the sketches differ by more than the share of `TOLERANCES`
+    Returns whether a memory with the fingerprint `found` may go on with weights of the fingerprint `expected`: if they
+    are equal, or have the same hash of weights (64 hexadecimal digits are such a hash alone), or write the same up to
+    rounding: in no memory layer do the sketches differ by more than the share of `TOLERANCES`
     for the coarser dtype.
     """
     if found == expected or found is None or expected is None:
@@ -100,14 +100,14 @@ def weights_state(model: nn.Module) -> tuple:
 
 
 def _adapters_state(layer: dict[str, Any]) -> tuple:
-    """What PEFT keeps in plain fields of a layer, and changes without a trace in any tensor."""
+    """Returns the state that PEFT keeps in plain fields of a layer and changes without a trace in any tensor."""
     return tuple(
         repr(layer.get(name)) for name in ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
     )
 
 
 def changes_beside_writes(model: nn.Module) -> bool:
-    """Whether adapters, which a caller may switch at any time, or offloaded weights take part in a write."""
+    """Returns whether adapters, which a caller may switch at any time, or offloaded weights take part in a write."""
     return any(
         "_active_adapter" in vars(module) or any(getattr(hook, "offload", False) for hook in _hooks(module))
         for module in model.modules()
@@ -116,7 +116,7 @@ def changes_beside_writes(model: nn.Module) -> bool:
 
 def loaded_parameter(module: nn.Module, name: str) -> torch.Tensor:
     """
-    A parameter that is read outside of its module's forward: of an offloaded one the copy that accelerate keeps.
+    Returns a parameter that is read outside of its module's forward; of an offloaded one, the copy of accelerate.
 
     Raises: `ValueError` if there is no such copy.
     """
@@ -137,7 +137,7 @@ def loaded_parameter(module: nn.Module, name: str) -> torch.Tensor:
 
 
 def execution_device(model: nn.Module) -> torch.device:
-    """The device that the model computes on, also if its weights are offloaded."""
+    """Returns the device that the model computes on, also if its weights are offloaded."""
     device = next(model.parameters()).device
     if device.type == "meta":
         for module in model.modules():
@@ -148,7 +148,7 @@ def execution_device(model: nn.Module) -> torch.device:
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
-    """What accelerate has put around the module's forward."""
+    """Returns the hooks that accelerate has put around the module's forward."""
     hook = vars(module).get("_hf_hook")
     if hook is not None:
         yield from getattr(hook, "hooks", (hook,))
@@ -159,7 +159,7 @@ def _raw(tensor: torch.Tensor) -> bytes:
 
 
 class _WithoutDropout(TorchFunctionMode):
-    """In this thread nothing is dropped, whatever mode the modules are in."""
+    """Switches dropout off in this thread, in any mode of the modules."""
 
     def __torch_function__(self, func, types, args: tuple = (), kwargs=None):
         kwargs = kwargs or {}

@@ -153,7 +153,7 @@ def from_llm(
     was cast after loading has rounded the frequencies of its rotation; here they stay float32, as in a model loaded in
     that dtype.) Dtype, device and attention implementation are the source's; the source is not changed.
 
-    The paper's parts are had by name. `memory_reading="cross_attention"`: q, k, v and o are copied from the
+    The paper's forms are available by name. `memory_reading="cross_attention"`: q, k, v and o are copied from the
     self-attention, behind a gate for each head that starts closed, so that logits are the source's under any memory.
     `memory_encoding="encoder"`: a bidirectional copy of the decoder layers in `memory_layers`, without sliding windows
     and with rotation in every layer. `memory_writing="attention"`: a fresh memory attention, and an initial memory
@@ -162,8 +162,8 @@ def from_llm(
     Args:
         source (`PreTrainedModel`, `str` or `os.PathLike`): the model, or the name or folder to load it from.
         num_memory_slots (`int`): slots of each memory layer.
-        memory_layers (`list[int]`, *optional*): decoder layers that read the memory; default all. Of the fewer that
-            save time and bytes, the last ones in a row are worth most.
+        memory_layers (`list[int]`, *optional*): decoder layers that read the memory (default: all). Fewer layers save
+            time and bytes; the last ones in a row are worth most.
         tokenizer (`PreTrainedTokenizerFast`, *optional*): what [`convert_tokenizer`] returned. The vocabulary grows
             to it; rows of new tokens start as the mean of the others; ids of padding, begin and end are its own.
         config_overrides: fields of [`RxTConfig`] about the memory, such as `memory_attention_type`.
@@ -214,11 +214,11 @@ def convert_tokenizer(
     template: Literal["source", "control"] | None = None,
 ) -> PreTrainedTokenizerFast:
     r"""
-    A copy of the source's tokenizer, or of the one at a path, with a chat template of RxT. Ids of ordinary text are
-    kept.
+    Returns a copy of a tokenizer, or of the one at a path, with a chat template of RxT. Ids of ordinary text stay the
+    same.
 
     Args:
-        max_length (`int`, *optional*): tokens of one interaction; default: the tokenizer's own limit.
+        max_length (`int`, *optional*): longest interaction in tokens (default: the tokenizer's own limit).
         template (`str`, *optional*): "source" has the pieces that the source's own chat template puts around the texts
             of one turn, so that the model reads what it was trained on; no token is added, and an answer ends with the
             source's end token. What the source has no piece for (the result of a tool, thinking, a call) is plain text
@@ -259,9 +259,8 @@ def convert_tokenizer(
 
 def freeze_base(model: RxTForCausalLM) -> list[str]:
     r"""
-    Freezes all that a language model has without a memory, and makes the rest trainable: memory cross-attention with
-    its norms, memory encoder, memory attention and initial memory. The vocabulary's table stays frozen, rows of new
-    tokens included.
+    Freezes the language model and makes the modules of the memory trainable: cross-attention with its norms, encoder,
+    attention or selection, and initial memory. The embeddings stay frozen, rows of new tokens included.
 
     Returns: the names of the trainable parameters.
 
@@ -284,7 +283,7 @@ def adapter_config(
     model: RxTForCausalLM, tokenizer: PreTrainedTokenizerFast | None = None, **lora_fields: Any
 ) -> "LoraConfig":
     r"""
-    PEFT's configuration that trains a converted model and leaves its base frozen bit for bit:
+    Returns a PEFT configuration that trains a converted model and leaves its base frozen bit for bit:
 
         adapted = peft.get_peft_model(model, adapter_config(model, tokenizer, r=8))
 
@@ -312,7 +311,7 @@ def adapter_config(
 
 
 def refuse_adapter(source: str | os.PathLike) -> None:
-    """Raises `ValueError` for what PEFT saved: a change of some model's weights, and no model."""
+    """Raises `ValueError` for a folder that PEFT saved, which holds a change of weights and no model."""
     file = find_adapter_config_file(str(source))
     if file is not None:
         base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -323,7 +322,7 @@ def refuse_adapter(source: str | os.PathLike) -> None:
 
 
 def _loaded(source: str | os.PathLike) -> PreTrainedModel:
-    """The model of a name or folder, every tensor of which is in the files; what can be refused before, is."""
+    """Loads the model of a name or folder; raises `ValueError` if the files lack a tensor, or for other families."""
     refuse_adapter(source)
     _check_config(AutoConfig.from_pretrained(source))
     # without a file of its own, the configuration for generation is the default one
@@ -353,8 +352,8 @@ def _loaded(source: str | os.PathLike) -> PreTrainedModel:
 
 def _writable(config: GenerationConfig, source: object, *, warn: bool = True) -> GenerationConfig:
     """
-    A copy that can be saved. Fields that `generate` does not look at in its mode are dropped: models were published
-    with such fields, and transformers loads them but does not write them.
+    Returns a copy that can be saved, without fields that `generate` ignores in its mode: models were published with
+    such fields, and transformers loads them but does not write them.
     """
     config = copy.deepcopy(config)
     try:
@@ -378,7 +377,7 @@ def _writable(config: GenerationConfig, source: object, *, warn: bool = True) ->
 
 
 def _is_tied(source: PreTrainedModel) -> bool:
-    """Whether the head is the table of the embeddings: what the tensors are, not what the configuration says."""
+    """Returns whether the head and the embeddings are one tensor, whatever the configuration says."""
     table, head = (source.get_parameter(name) for name in _VOCABULARY_TENSORS)
     if table.data_ptr() == head.data_ptr():
         return True
@@ -440,7 +439,7 @@ def _some(names: list[str]) -> str:
 
 
 def _check_modules(source: PreTrainedModel) -> None:
-    """Refuses a source that computes something else than its configuration says, of which the RxT is built."""
+    """Raises `ValueError` for a source that does not compute what its configuration says: the RxT is built from it."""
     with torch.device("meta"):
         described = type(source)._from_config(copy.deepcopy(source.config), attn_implementation="eager")
     modules = dict(source.named_modules())
@@ -471,7 +470,7 @@ def _check_modules(source: PreTrainedModel) -> None:
 
 
 def _is_open(name: str) -> bool:
-    """Whether a keyword is a field of the configuration that the source does not decide."""
+    """Returns whether a keyword is a field of the configuration that the source leaves open."""
     return name in RxTConfig.__dataclass_fields__ and _OVERRIDES.match(name) is not None
 
 
@@ -491,7 +490,7 @@ def _decoder_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerFast | None, source_size: int) -> tuple[int, list[int]]:
-    """Size of the vocabulary and the ids in it that the source has not learned."""
+    """Returns the size of the vocabulary, and the ids in it that the source has not learned."""
     if tokenizer is None:
         return source_size, []
     ids, control_ids = tokenizer.get_vocab(), _control_ids(tokenizer)
@@ -541,7 +540,7 @@ def _mapped_tensors(source: PreTrainedModel, config: RxTConfig) -> dict[str, tor
 
 @torch.no_grad()
 def _load(model: RxTForCausalLM, tensors: dict[str, torch.Tensor], new_ids: list[int]) -> None:
-    """Fills the model; whatever the source has no tensor for must be a fresh part of the memory."""
+    """Fills the model; parameters that the source has no tensor for must be fresh parts of the memory."""
     for name in _VOCABULARY_TENSORS:
         table = tensors[name]
         grown = table.new_empty(model.config.vocab_size, table.shape[1])

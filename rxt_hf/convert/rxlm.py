@@ -111,8 +111,8 @@ def from_rxlm(path, *, report=False):
 
     Returns: the model, or the model and the report.
 
-    Raises: `ValueError` that names everything in the checkpoint that this model cannot compute, the first tensor that
-    is missing, or the tensors that no rule knows.
+    Raises: `ValueError` with the names of everything in the checkpoint that this model cannot compute, of the first
+    missing tensor, or of the tensors that no rule knows.
     """
     folder = Path(path)
     refuse_adapter(folder)

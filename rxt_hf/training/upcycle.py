@@ -12,7 +12,7 @@ that only earlier turns tell: with the memory, with it cleared, and with another
 `--source path/to/language-model` the language model is measured too, on the query alone and on all turns before.
 With `--quantization nf4` (or int8) the frozen base is held in 4 (or 8) bits while the memory and LoRA train in float32
 (QLoRA, arXiv 2305.14314); the adapter is then merged into the base as it is on the disk, and that is measured.
-`rxt export out/model folder --card out/card.json` makes a folder for the Hub of it all.
+`rxt export out/model folder --card out/card.json` makes a folder for the Hub.
 """
 
 import json
@@ -76,7 +76,7 @@ RECIPE: dict[str, Any] = {
 
 @dataclass
 class UpcycleArguments:
-    """What the recipe adds to `TrainingArguments`."""
+    """Arguments of the recipe, besides `TrainingArguments`."""
 
     model: str = field(metadata={"help": "Folder of the converted model and its tokenizer."})
     data: list[str] = field(metadata={"help": "Folders with the splits train and test."})
@@ -137,12 +137,12 @@ class TrainingSteps(Dataset):
 
 
 class UpcycleTrainer(CountingTrainer):
-    """Mean loss of the labelled tokens of a step, in which recalled ones count `1 + recall_weight` times."""
+    """`Trainer` with the mean loss of a step's labelled tokens; recalled ones count `1 + recall_weight` times."""
 
     recall_weight = 0.0
 
     def weights(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What each label counts, in order."""
+        """Returns the weight of each label, in order."""
         is_target = inputs["labels"][..., 1:] != -100
         return 1.0 + self.recall_weight * (inputs["recall_labels"][..., 1:] != -100)[is_target]
 
@@ -190,7 +190,7 @@ def recall_batches(
 def recall_losses(
     model: RxTForCausalLM, batches: Iterable[Mapping[str, torch.Tensor]], memory: Memory = "own"
 ) -> dict[str, list]:
-    """`[nats per token, tokens]` of the words that only earlier turns tell: of all, and by distance in turns."""
+    """Returns `[nats per token, tokens]` of words that only earlier turns tell, over all and by distance in turns."""
     model.eval()
     losses, distances = [], []
     for batch in batches:
@@ -272,7 +272,7 @@ def _by_distance(losses: list[torch.Tensor], distances: list[torch.Tensor]) -> d
 def measure(
     model: RxTForCausalLM, tokenizer: PreTrainedTokenizerFast, options: UpcycleArguments
 ) -> dict[str, dict[str, Any]]:
-    """The losses of each folder's test dialogues, and the share of the language model's gap that the memory closes."""
+    """Returns the losses of each folder's test dialogues, and the share of the source's gap that the memory closes."""
     results = {}
     for folder in options.data:
         dialogues = sampled(folder, "test", options.test_dialogues)
@@ -300,7 +300,7 @@ def measure(
 
 
 def card_facts(results: Mapping[str, Mapping[str, Any]], options: UpcycleArguments) -> dict[str, Any]:
-    """What `rxt_hf.hub.model_card` takes: lineage, and every figure of [`measure`] over all distances."""
+    """Returns arguments of `rxt_hf.hub.model_card`: lineage, and every figure of [`measure`] over all distances."""
     figures = [
         {
             "dataset_name": name,
@@ -318,7 +318,7 @@ def card_facts(results: Mapping[str, Mapping[str, Any]], options: UpcycleArgumen
 
 
 def quantized(kind: str) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that hold the base in fewer bits; what is trained whole stays as it is."""
+    """Returns arguments of `from_pretrained` that quantise the base, except modules that are trained whole."""
     if kind == "none":
         return {}
     package = {"nf4": "bitsandbytes", "int8": "torchao"}[kind]
@@ -334,7 +334,7 @@ def quantized(kind: str) -> dict[str, Any]:
 
 
 def optimizer_of(model: torch.nn.Module, options: UpcycleArguments, args: TrainingArguments) -> torch.optim.Optimizer:
-    """AdamW, in which the memory may learn faster than the decoder's adapters."""
+    """Returns AdamW with a learning rate of its own for the memory."""
     groups: dict[bool, list[torch.nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -13,6 +13,8 @@
 # limitations under the License.
 """The memory of the Reactive Transformer: what encodes a finished interaction, and what writes it."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -21,6 +23,31 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_rxt import RxTConfig
 from .layers_rxt import RxTAttention, RxTMLP, RxTRMSNorm, upcast
+
+
+class RxTMemoryPartsMixin:
+    """Says what of a model belongs to its memory: freezing, LoRA and conversion ask here, and match no names."""
+
+    def memory_modules(self: Any) -> dict[str, nn.Module]:
+        """Returns the modules that read the memory, encode for it and write it, by name; of nested ones the outer."""
+        return {name: part for name, part in self._memory_parts().items() if isinstance(part, nn.Module)}
+
+    def memory_parameters(self: Any) -> dict[str, nn.Parameter]:
+        """Returns the parameters of [`memory_modules`] and the initial memory, by name."""
+        parts = self._memory_parts()
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name in parts or any(name.startswith(f"{part}.") for part in parts)
+        }
+
+    def _memory_parts(self: Any) -> dict[str, nn.Module | nn.Parameter]:
+        return {
+            f"{name}.{part}".removeprefix("."): getattr(module, part)
+            for name, module in self.named_modules()
+            for part in getattr(module, "memory_parts", ())
+            if getattr(module, part, None) is not None
+        }
 
 
 class RxTMemoryEncoderLayer(GradientCheckpointingLayer):

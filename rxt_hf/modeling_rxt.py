@@ -64,6 +64,7 @@ from .memory_rxt import (
     RxTGateLinear,
     RxTMemoryAttention,
     RxTMemoryEncoder,
+    RxTMemoryPartsMixin,
     RxTMemorySelection,
     RxTResidualGate,
     filled_slots,
@@ -260,6 +261,8 @@ class RxTDecoderLayer(GradientCheckpointingLayer):
     layer has no cross-attention: its self-attention reads the memory.
     """
 
+    memory_parts = ("memory_cross_attn_layernorm", "memory_layernorm", "memory_cross_attn")
+
     def __init__(self, config: RxTConfig, layer_idx: int):
         super().__init__()
         memory_layers = range(config.num_hidden_layers) if config.memory_layers is None else config.memory_layers
@@ -362,7 +365,7 @@ class _BehindSlots:
 
 
 @auto_docstring
-class RxTPreTrainedModel(PreTrainedModel):
+class RxTPreTrainedModel(PreTrainedModel, RxTMemoryPartsMixin):
     config: RxTConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -447,6 +450,8 @@ class RxTPreTrainedModel(PreTrainedModel):
 @auto_docstring
 class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
     """The decoder with its memory encoder and memory attention; no head."""
+
+    memory_parts = ("memory_encoder", "memory_attention", "memory_selection", "initial_memory")
 
     def __init__(self, config: RxTConfig):
         super().__init__(config)

@@ -395,6 +395,24 @@ def test_initial_memory_has_the_scale_of_the_embeddings():
     assert model.model.initial_memory.std().item() == pytest.approx(model.config.memory_init_std, rel=0.05)
 
 
+@pytest.mark.parametrize("options", [PAPER, {}], ids=["paper", "joint"])
+def test_memory_parts_are_told_by_the_model_and_not_by_their_names(options):
+    model = converted(make_source("qwen3"), **options)
+    expected = {name for name, _ in model.named_parameters() if "memory" in name}
+    assert set(model.memory_parameters()) == expected
+    modules = model.memory_modules()
+    assert {name.rpartition(".")[2] for name in modules} == (
+        {"memory_cross_attn_layernorm", "memory_layernorm", "memory_cross_attn", "memory_encoder", "memory_attention"}
+        if options
+        else {"memory_selection"}
+    )
+    assert all(modules[name] is model.get_submodule(name) for name in modules)
+    # neither trained nor saved whole: a module of the decoder that only sounds like the memory
+    model.model.layers[0].mlp.in_memory_of = torch.nn.Linear(2, 2)
+    assert set(freeze_base(model)) == expected
+    assert not model.model.layers[0].mlp.in_memory_of.weight.requires_grad
+
+
 def test_memory_trains_while_the_frozen_decoder_stays_bit_identical():
     model = converted(make_source("qwen3"), **PAPER).train()
     trained = freeze_base(model)

@@ -116,12 +116,6 @@ _INVALID_GENERATION = "The generation config of {} is invalid: {}"
 # attributes of modules that say how they run, not what they compute
 _MODES = ("training", "gradient_checkpointing")
 _VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
-_FRESH = re.compile(
-    r"model\.(initial_memory$|memory_attention\.|memory_selection\.|"
-    r"layers\.\d+\.(memory_cross_attn|memory_cross_attn_layernorm|memory_layernorm)\.)"
-)
-# The outermost modules that exist for the memory's sake.
-_MEMORY_MODULES = re.compile(r"model\.(layers\.\d+\.)?memory_\w+")
 _BASE_PROJECTIONS = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 # How a pretrained model reads, encodes and writes unless something else is asked for: with what it can already do.
 _MEMORY_FIELDS = {
@@ -266,17 +260,16 @@ def freeze_base(model: RxTForCausalLM) -> list[str]:
 
     Raises: `ValueError` if memory modules are quantised, which leaves nothing that could be trained.
     """
-    names = []
-    for name, parameter in model.named_parameters():
-        if "memory" in name and type(parameter).__name__ in ("Params4bit", "Int8Params", "Int8Tensor"):
+    trained = model.memory_parameters()
+    for name, parameter in trained.items():
+        if type(parameter).__name__ in ("Params4bit", "Int8Params", "Int8Tensor"):
             raise ValueError(
                 f"{name} is quantised and cannot be trained: load with modules_to_not_convert (bitsandbytes: "
                 r'llm_int8_skip_modules) of [r".*\.memory_\w+", "lm_head"], or train LoRA on it.'
             )
-        parameter.requires_grad_("memory" in name)
-        if parameter.requires_grad:
-            names.append(name)
-    return names
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return list(trained)
 
 
 def adapter_config(
@@ -298,11 +291,10 @@ def adapter_config(
     """
     from peft import LoraConfig
 
-    whole = [name for name, _ in model.named_modules() if _MEMORY_MODULES.fullmatch(name)]
     fields: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
         "target_modules": _BASE_PROJECTIONS,
-        "modules_to_save": whole,
+        "modules_to_save": list(model.memory_modules()),
     }
     if tokenizer is not None and (ids := _control_ids(tokenizer)):
         tables = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
@@ -551,7 +543,10 @@ def _load(model: RxTForCausalLM, tensors: dict[str, torch.Tensor], new_ids: list
             grown[is_new] = table[~is_new[: len(table)]].float().mean(dim=0).to(table.dtype)
         tensors[name] = grown
     missing, unexpected = model.load_state_dict(tensors, strict=False)
-    lost = sorted(unexpected) + sorted(name for name in missing if not _FRESH.match(name))
+    # an encoder is a copy of the source's layers, all else of the memory starts fresh
+    encoder = "model.memory_encoder."
+    fresh = {name for name in model.memory_parameters() if not name.startswith(encoder)}
+    lost = sorted(unexpected) + sorted(set(missing) - fresh)
     if lost:
         raise ValueError(f"Source and RxT do not fit in {', '.join(lost)}.")
     memory = model.model.initial_memory

@@ -179,7 +179,7 @@ def _behind(pieces: Mapping[str, str]) -> str:
 
 
 def _guarded(tokens: Iterable[AddedToken], pieces: Mapping[str, str]) -> tuple[str, ...]:
-    """What no text may be read as: special tokens, the added tokens that pieces are made of, and the cut."""
+    """Returns the strings that no text may be read as: special tokens, added tokens of the pieces, and the cut."""
     parts = "" if pieces == CONTROL_PIECES else "\n".join(pieces.values())
     texts = [token.content for token in tokens if token.special or (token.content.strip() and token.content in parts)]
     return tuple(texts + [CUT] * (CUT in parts))
@@ -187,14 +187,14 @@ def _guarded(tokens: Iterable[AddedToken], pieces: Mapping[str, str]) -> tuple[s
 
 @lru_cache(maxsize=16)
 def _template(guarded: tuple[str, ...], pieces: tuple[tuple[str, str], ...]) -> str:
-    """The chat template of these pieces, which keeps what is guarded from being typed."""
+    """Returns the chat template of these pieces; no text can be read as one of the guarded strings."""
     escapes = ascii([list(escape) for escape in _escapes(guarded, _behind(dict(pieces)))])
     template = _TEMPLATE.replace("ESCAPES", escapes).replace("ESCAPE", ascii(ESCAPE)[1:-1])
     return template.replace("PIECES", ascii(dict(pieces)))
 
 
 def _pieces_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, str] | None:
-    """The pieces of the tokenizer's template, if it is of this module."""
+    """Returns the pieces of the tokenizer's template, if this module made it."""
     template = cast(Any, tokenizer.chat_template)
     # other tokenizers may have many templates by name
     return _pieces_in(template) if isinstance(template, str) else None
@@ -207,7 +207,7 @@ def _pieces_in(template: str) -> dict[str, str] | None:
 
 
 def source_pieces(tokenizer: PreTrainedTokenizerFast) -> dict[str, str] | None:
-    """The pieces of interactions, if they are of a pretrained model's own chat template and not control tokens."""
+    """Returns the pieces of interactions if they come from a pretrained model's chat template, else None."""
     pieces = _pieces_of(tokenizer)
     return None if pieces == CONTROL_PIECES else pieces
 
@@ -225,7 +225,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024, max_length: in
     Args:
         texts (`Iterable[str]`): training text.
         vocab_size (`int`): upper bound, control tokens included; a small text may give fewer tokens.
-        max_length (`int`): tokens of one interaction, kept as `model_max_length`.
+        max_length (`int`): longest interaction in tokens, kept as `model_max_length`.
 
     Raises:
         `ValueError` if `vocab_size` cannot hold the control tokens and the 256 bytes.
@@ -317,7 +317,7 @@ def _rules(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
 def _checked(
     backend: Tokenizer, max_length: int, pieces: Mapping[str, str], names: dict[str, str]
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer with its template; raises `ValueError` for special tokens that could be typed."""
+    """Returns the tokenizer with its template; raises `ValueError` for special tokens that could be typed."""
     added = list(backend.get_added_tokens_decoder().values())
     guarded = _guarded(added, pieces)
     if short := sorted(text for text in guarded if len(text) < 2 or text[0] == ESCAPE):
@@ -376,8 +376,8 @@ def encode_interactions(
     No text can become a control id. The turns of one dialogue give an episode as `RxTEpisodeCollator` takes it.
 
     Args:
-        answers (`Sequence[str | None]`, *optional*): without one, the prompt that ends in `[A]`.
-        instructions (`Sequence[str | None]`, *optional*): one entry for each query.
+        answers (`Sequence[str | None]`, *optional*): one answer for each query; without it, the prompt up to `[A]`.
+        instructions (`Sequence[str | None]`, *optional*): one instruction for each query, or None.
 
     Returns:
         `dict`: `input_ids`, and `labels` that are -100 up to and including `[A]`.
@@ -417,12 +417,13 @@ def encode_chats(
     tokenizes the same text as a whole.
 
     Args:
-        chats (`Sequence[Sequence[Mapping]]`): messages of one interaction each; the prompt of an answer that is to be
-            generated if the assistant's is not among them.
+        chats (`Sequence[Sequence[Mapping]]`): the messages of each interaction. Without a message of the assistant,
+            the
+            interaction is a prompt.
 
     Returns:
-        `dict`: `input_ids`, and `labels` that are -100 up to where what is to be generated begins: up to and
-        including the first `[A]` or `[T]`, or the piece that stands in its place.
+        `dict`: `input_ids`, and `labels` that are -100 up to and including the first `[A]` or `[T]`, or the piece in
+        its place.
 
     Raises:
         `ValueError` for messages that the template refuses, and for an interaction longer than

@@ -4,7 +4,7 @@ The figures of `rxt_hf.evaluation.memory` for causal language models without a m
 masks: with the whole dialogue before a turn (as much of it as the model sees), or with the turn alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..data.collator import RxTEpisodeCollator
 from ..data.readers import encode_turns
 from ..layers_rxt import upcast
 from .memory import ROWS, Dialogues, figures_of, on_device, probe_scores
-from .recall import left_padded
+from .rollout import GREEDY, answer
 
 
 def history_losses(model: Any, batch: Mapping[str, torch.Tensor], *, full_history: bool) -> torch.Tensor:
@@ -49,16 +49,10 @@ def history_probes(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), ROWS):
         chunk = order[start : start + ROWS]
-        answers |= zip(
-            chunk, _continued(model, tokenizer, [prompts[index] for index in chunk], max_new_tokens), strict=True
-        )
+        questions = [prompts[index] for index in chunk]
+        said, _ = answer(model, tokenizer, questions, max_new_tokens=max_new_tokens, **GREEDY)
+        answers |= zip(chunk, tokenizer.batch_decode(said, skip_special_tokens=True), strict=True)
     return probe_scores(asked, [answers[index] for index in range(len(asked))])
-
-
-def _continued(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
-    inputs = left_padded(list(prompts), tokenizer.pad_token_id, model.device)
-    sequences = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    return tokenizer.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 @torch.no_grad()

@@ -27,15 +27,16 @@ from typing import Any, Literal, get_args
 import torch
 from torch.nn import functional as F
 
-from ..cache_rxt import StateError, STMCache
+from ..cache_rxt import StateError
 from ..data.collator import RxTEpisodeCollator
 from ..data.facts import ATTRIBUTES, DialogueWriter, generate_dialogue
 from ..data.readers import Episodes, encode_turns, read_episodes
 from ..layers_rxt import upcast
 from ..memory_rxt import RxTResidualGate
 from ..modeling_rxt import RxTForCausalLM
-from .recall import FIRST_TEST_SEED, Control, by_bucket, effective_rank, left_padded, recall
+from .recall import FIRST_TEST_SEED, Control, by_bucket, effective_rank, recall
 from .report import page, tables
+from .rollout import GREEDY, answer, is_answered, play, texts
 from .speed import count, environment, markdown_table
 from .text_scores import corpus_bleu, word_ids
 
@@ -197,54 +198,21 @@ def _means(values: torch.Tensor, chosen: Mapping[str, torch.Tensor]) -> dict[str
     return {name: [values[rows].mean().item(), int(rows.sum())] for name, rows in chosen.items() if rows.any()}
 
 
-@torch.no_grad()
-def greedy(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[list[int]],
-    memory: STMCache,
-    *,
-    max_new_tokens: int,
-    update_memory: bool = False,
-) -> tuple[list[str], STMCache]:
-    """Answers prompts of token ids, one for each row of the memory, and returns the answers and the next memory."""
-    inputs = left_padded(list(prompts), tokenizer.pad_token_id, model.device)
-    width = inputs["input_ids"].shape[1]
-    room = max(1, min(max_new_tokens, model.config.max_position_embeddings - width))
-    out = model.generate(**inputs, stm_cache=memory, update_memory=update_memory, max_new_tokens=room, do_sample=False)
-    return tokenizer.batch_decode(out.sequences[:, width:], skip_special_tokens=True), out.stm_cache
-
-
 def closed_loop(
     model: Any, tokenizer: Any, dialogues: Dialogues, memory: Memory = "own", *, max_new_tokens: int
 ) -> list[tuple[str, str]]:
     """Returns `(answer, reference)` of every answered turn; the own memory holds the model's answers."""
     if memory == "shuffled":
         raise ValueError('closed_loop reads the memory "own" or "cleared", got "shuffled".')
-    pairs, turns_of = [], [dialogue["interactions"] for dialogue in dialogues.episodes.dialogues]
+    pairs = []
     for indices, _ in dialogues.batches:
-        states = dict.fromkeys(indices, model.init_stm(1))
-        for number in range(max(len(turns_of[index]) for index in indices)):
-            present = [index for index in indices if number < len(turns_of[index])]
-            turns = {index: turns_of[index][number] for index in present}
-            asked = [index for index in present if None not in (turns[index]["query"], turns[index]["answer"])]
-            for index in set(present) - set(asked):
-                ids = torch.tensor([dialogues.episodes[index]["input_ids"][number]], device=model.device)
-                states[index] = model.update_memory(states[index], ids)
-            if not asked:
-                continue
-            # of an answer, only its text is asked for: no thinking, no call of a tool
-            prompts = [
-                encode_turns(tokenizer, [turns[index] | {"answer": None, "thinking": None, "tool_calls": None}])[0][0]
-                for index in asked
-            ]
-            read = STMCache.cat([states[index] for index in asked]) if memory == "own" else model.init_stm(len(asked))
-            answers, after = greedy(
-                model, tokenizer, prompts, read, max_new_tokens=max_new_tokens, update_memory=memory == "own"
-            )
-            for row, index in enumerate(asked):
-                states[index] = after.select(row)
-                pairs.append((answers[row], turns[index]["answer"]))
+        batch = [dialogues.episodes.dialogues[index] for index in indices]
+        played = play(
+            model, tokenizer, batch, max_new_tokens=max_new_tokens, clear_memory=memory == "cleared", **GREEDY
+        )
+        for dialogue, turns in zip(batch, played, strict=True):
+            answers = zip(dialogue["interactions"], texts(tokenizer, turns), strict=True)
+            pairs += [(text, turn["answer"]) for turn, text in answers if is_answered(turn)]
     return pairs
 
 
@@ -294,7 +262,8 @@ def probes(
                 read = read.replace(torch.stack([last[(index + step) % len(last)] for index, _ in chunk]))
             queries = [{"query": probe["query"], "answer": None} for _, probe in chunk]
             prompts = [ids for ids, _ in encode_turns(tokenizer, queries)]
-            answers += greedy(model, tokenizer, prompts, read, max_new_tokens=max_new_tokens)[0]
+            said, _ = answer(model, tokenizer, prompts, read, max_new_tokens=max_new_tokens, **GREEDY)
+            answers += tokenizer.batch_decode(said, skip_special_tokens=True)
         found[memory] = probe_scores([probe for _, probe in asked], answers)
     return found
 
@@ -302,8 +271,8 @@ def probes(
 def probe_scores(asked: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> dict[str, Any]:
     """Returns the figures of [`probes`] for one memory."""
     exact, contains = [], []
-    for probe, answer in zip(asked, answers, strict=True):
-        accepted, given = [text.lower() for text in probe["answers"]], answer.strip().lower()
+    for probe, said in zip(asked, answers, strict=True):
+        accepted, given = [text.lower() for text in probe["answers"]], said.strip().lower()
         exact.append(given in accepted)
         contains.append(any(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", given) for text in accepted))
     distances = [probe["distance"] for probe in asked]

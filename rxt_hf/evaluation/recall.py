@@ -20,21 +20,10 @@ from ..chat_template import encode_interactions
 from ..data.collator import RxTEpisodeCollator
 from ..data.facts import generate_dialogue, score_answer
 from ..modeling_rxt import RxTForCausalLM
+from .rollout import GREEDY, SAMPLED, answer
 
 FIRST_TEST_SEED = 1_000
 Control = Literal["none", "other_memory", "cleared_memory"]
-GREEDY: dict[str, Any] = {"do_sample": False}
-SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-
-
-def left_padded(
-    rows: list[list[int]], pad_token_id: int, device: torch.device | str | None = None
-) -> dict[str, torch.Tensor]:
-    """Returns `input_ids` and `attention_mask` of shape (rows, longest row)."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad_token_id] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 class RxTArm:
@@ -52,19 +41,16 @@ class RxTArm:
 
     def answer(self, queries: list[str], max_new_tokens: int) -> list[str]:
         prompts = encode_interactions(self.tokenizer, queries)["input_ids"]
-        inputs = left_padded(prompts, self.tokenizer.pad_token_id, self.model.device)
         memory = self.model.init_stm(len(queries)) if self.stm_cache is None else self.stm_cache
-        out = self.model.generate(**inputs, stm_cache=memory, max_new_tokens=max_new_tokens, **self.generation)
-        self.stm_cache = out.stm_cache
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, **self.generation}
+        said, self.stm_cache = answer(self.model, self.tokenizer, prompts, memory, update_memory=True, **options)
         if self.control != "none":
             # the memory is written as always; only this turn reads another memory, or the initial one
             read = self.model.init_stm(len(queries))
             if self.control == "other_memory":
                 read = memory.select(torch.arange(len(queries)).roll(1))
-            out = self.model.generate(
-                **inputs, stm_cache=read, update_memory=False, max_new_tokens=max_new_tokens, **self.generation
-            )
-        return self.tokenizer.batch_decode(out.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            said, _ = answer(self.model, self.tokenizer, prompts, read, **options)
+        return self.tokenizer.batch_decode(said, skip_special_tokens=True)
 
 
 class HistoryArm:
@@ -84,18 +70,10 @@ class HistoryArm:
         histories = self.histories or [[] for _ in queries]
         prompts = encode_interactions(self.tokenizer, queries)["input_ids"]
         prompts = [history + prompt for history, prompt in zip(histories, prompts, strict=True)]
-        inputs = left_padded(prompts, self.tokenizer.pad_token_id, self.model.device)
-        sequences = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **self.generation)
-        answers = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        said, _ = answer(self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens, **self.generation)
         if self.full_history:
-            # the end token itself may be what rows are filled up with
-            pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-            said = [answer[: answer.index(end) + 1] if end in answer else answer for answer in answers]
-            self.histories = [
-                prompt + [token for token in answer if token != pad or pad == end]
-                for prompt, answer in zip(prompts, said, strict=True)
-            ]
-        return self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+            self.histories = [prompt + ids for prompt, ids in zip(prompts, said, strict=True)]
+        return self.tokenizer.batch_decode(said, skip_special_tokens=True)
 
 
 def make_arm(
@@ -145,8 +123,8 @@ def recall(
     for turn in range(num_turns):
         interactions = [dialogue[turn] for dialogue in dialogues]
         answers = player.answer([interaction["query"] for interaction in interactions], max_new_tokens)
-        for interaction, answer in zip(interactions, answers, strict=True):
-            score = score_answer(interaction, answer)
+        for interaction, text in zip(interactions, answers, strict=True):
+            score = score_answer(interaction, text)
             if interaction["kind"] == "ask":
                 asked.append((score["correct"], interaction["distance"], interaction["live_facts"]))
                 if interaction["stale"]:

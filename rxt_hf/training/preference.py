@@ -23,11 +23,10 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from ..data.collator import RxTEpisodeCollator
 from ..data.facts import score_answer
 from ..data.readers import encode_turns
 from ..data.rows import split_messages
-from ..evaluation.recall import left_padded
+from ..evaluation.rollout import GREEDY, play, texts
 from ..layers_rxt import upcast
 from ..modeling_rxt import load_balancing_losses
 from .loop import CountingTrainer
@@ -132,32 +131,28 @@ def add_own_mistakes(
 ) -> list[list[dict[str, Any]]]:
     """
     Preferences that the model needs: answers every question of the dialogues (`kind` "ask" or "unknown"), greedily and
-    under the memory of the reference answers, and makes `rejected` what is not `is_right`. Dialogues must have equally
-    many turns. What comes after the last mistake is cut off, and dialogues without one are left out.
+    under the memory of the reference answers, and makes `rejected` what is not `is_right`. What comes after the last
+    mistake is cut off, and dialogues without one are left out.
     """
     model.eval()
-    collate = RxTEpisodeCollator(tokenizer.pad_token_id)
+
+    def is_question(turn: Mapping[str, Any]) -> bool:
+        return turn["kind"] in ("ask", "unknown")
+
+    played = play(
+        model,
+        tokenizer,
+        dialogues,
+        max_new_tokens=max_new_tokens,
+        is_asked=is_question,
+        write_reference=True,
+        **GREEDY,
+    )
     episodes = [[dict(turn) for turn in dialogue["interactions"]] for dialogue in dialogues]
-    memory = model.init_stm(len(episodes))
-    for turns in zip(*episodes, strict=True):
-        asked = [row for row, turn in enumerate(turns) if turn["kind"] in ("ask", "unknown")]
-        if asked:
-            prompts = encode_turns(tokenizer, [turns[row] | {"answer": None} for row in asked])
-            inputs = left_padded([ids for ids, _ in prompts], tokenizer.pad_token_id)
-            out = model.generate(
-                **{name: tensor.to(model.device) for name, tensor in inputs.items()},
-                stm_cache=memory.select(asked),
-                update_memory=False,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-            )
-            said = out.sequences[:, inputs["input_ids"].shape[1] :]
-            for row, answer in zip(asked, tokenizer.batch_decode(said, skip_special_tokens=True), strict=True):
-                if not is_right(turns[row], answer):
-                    turns[row]["rejected"] = answer
-        written = collate([{"input_ids": ids, "labels": labels} for ids, labels in encode_turns(tokenizer, turns)])
-        ids, mask = (written[name].to(model.device) for name in ("input_ids", "attention_mask"))
-        memory = model.update_memory(memory, ids, mask)
+    for turns, said in zip(episodes, played, strict=True):
+        for turn, text in zip(turns, texts(tokenizer, said), strict=True):
+            if is_question(turn) and not is_right(turn, text):
+                turn["rejected"] = text
     last = [max((place for place, turn in enumerate(turns) if "rejected" in turn), default=-1) for turns in episodes]
     return [turns[: end + 1] for turns, end in zip(episodes, last, strict=True) if end >= 0]
 

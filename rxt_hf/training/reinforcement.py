@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 from ..data.collator import RxTEpisodeCollator
 from ..data.facts import ATTRIBUTES, Dialogue, DialogueWriter, contains_value, generate_dialogue, score_answer
 from ..data.readers import encode_turns
-from ..evaluation.recall import left_padded
+from ..evaluation.rollout import SAMPLED, play, texts
 from ..evaluation.text_scores import sentence_bleu
 from .fact_dialogues import MIX
 from .preference import answer_log_probs, check_reference, reference_of
@@ -100,51 +100,16 @@ def sample_episodes(
         For each sample, those of one dialogue next to each other: an episode as [`RxTEpisodeCollator`] takes it, with
         labels at the sampled tokens, and the texts of its answers.
     """
-    encoded = [
-        [ids for ids, _ in encode_turns(tokenizer, [turn | {"answer": None} for turn in dialogue["interactions"]])]
-        for dialogue in dialogues
+    repeated = [dialogue for dialogue in dialogues for _ in range(group_size)]
+    played = play(model, tokenizer, repeated, max_new_tokens=max_new_tokens, **SAMPLED)
+    features = [
+        {
+            "input_ids": [turn.prompt + turn.answer for turn in turns],
+            "labels": [[-100] * len(turn.prompt) + turn.answer for turn in turns],
+        }
+        for turns in played
     ]
-    prompts = [turns for turns in encoded for _ in range(group_size)]
-    is_answered = [[turn["answer"] is not None for turn in dialogue["interactions"]] for dialogue in dialogues]
-    is_answered = [turns for turns in is_answered for _ in range(group_size)]
-    features: list[dict[str, list[list[int]]]] = [{"input_ids": [], "labels": []} for _ in prompts]
-    collate, pad = RxTEpisodeCollator(tokenizer.pad_token_id), tokenizer.pad_token_id
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    rows, memory = list(range(len(prompts))), model.init_stm(len(prompts))
-    for turn in range(max(map(len, prompts))):
-        kept = [place for place, row in enumerate(rows) if turn < len(prompts[row])]
-        rows, memory = [rows[place] for place in kept], memory.select(kept)
-        inputs = left_padded([prompts[row][turn] for row in rows], pad)
-        out = model.generate(
-            **{name: tensor.to(model.device) for name, tensor in inputs.items()},
-            stm_cache=memory,
-            update_memory=False,
-            max_new_tokens=max_new_tokens,
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-        )
-        said = out.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        for row, answer in zip(rows, said, strict=True):
-            prompt = prompts[row][turn]
-            answer = _until_end(answer, ends) if is_answered[row][turn] else []
-            features[row]["input_ids"].append(prompt + answer)
-            features[row]["labels"].append([-100] * len(prompt) + answer)
-        written = collate([{name: features[row][name][turn] for name in features[row]} for row in rows])
-        ids, mask = (written[name].to(model.device) for name in ("input_ids", "attention_mask"))
-        memory = model.update_memory(memory, ids, mask)
-    answers = [
-        tokenizer.batch_decode([[token for token in row if token >= 0] for row in each["labels"]], True)
-        for each in features
-    ]
-    return features, answers
-
-
-def _until_end(answer: list[int], ends: Sequence[int]) -> list[int]:
-    """Returns the tokens up to and including the first end token."""
-    return answer[: next((place + 1 for place, token in enumerate(answer) if token in ends), len(answer))]
+    return features, [texts(tokenizer, turns) for turns in played]
 
 
 def recall_reward(turn: Mapping[str, Any], answer: str) -> float:

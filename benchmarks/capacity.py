@@ -2,8 +2,8 @@
 """
 What a memory holds, in bits, by its slots and their width: Remember (arXiv 2407.04841) with models of many shapes.
 
-    OMP_NUM_THREADS=1 python benchmarks/capacity.py out --shapes 2x48 8x48 32x48 8x80 --output capacity.json \
-        --learning_rate 2e-3 --bf16 False
+    OMP_NUM_THREADS=1 PYTHONPATH=examples python benchmarks/capacity.py out --shapes 2x48 8x48 32x48 8x80 \
+        --output capacity.json --learning_rate 2e-3 --bf16 False
 
 trains a model of each shape by the same recipe, on up to `SIZE` pairs of 64 keys and 64 values, and asks for every
 pair of longer and longer lists. If a share `a` of the answers is right, a list of N pairs has left at least
@@ -22,9 +22,8 @@ from math import log2
 from pathlib import Path
 from typing import Any
 
+from memory_tasks import train as memory_tasks
 from tables import capacity_table
-
-from rxt_hf.training import memory_tasks
 
 SYMBOLS = 64
 SIZE = 40

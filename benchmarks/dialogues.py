@@ -1,12 +1,12 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """
-What models of equal size recall of real dialogues: an RxT, and what it is compared with (`rxt_hf.training.arms`).
+What models of equal size recall of real dialogues: an RxT, and the baselines of `examples/demo/baselines.py`.
 
     python benchmarks/dialogues.py --data path/to/sgd path/to/star --arm rxt=DIR --arm full_history=DIR \
         --output dialogues.json
 
-DIR are folders of `python -m rxt_hf.training.dialogues --arm ...`; `NAME:more=DIR` is a second model of an arm, and
-`NAME=DIR+DIR` one whose training went on in another folder: the last one's model, the steps and seconds of all.
+DIR are folders of `train_dialogues.py --arm ...`; `NAME:more=DIR` is a second model of an arm, and `NAME=DIR+DIR` one
+whose training went on in another folder: the last one's model, the steps and seconds of all.
 Measured on test dialogues, teacher forced: perplexity of all answers, and nats per token of the words that only
 earlier turns tell. Then the probes, greedy, each asked after the last turn: share that is exactly right, for values
 said three or more turns before, and beside it the floor: each slot's most frequent value in training.
@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from histories import evaluate_history
 from tables import both_sources, dialogues_by_turn, dialogues_table
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rxt_hf import RxTForCausalLM
 from rxt_hf.data.readers import read_episodes
-from rxt_hf.evaluation.histories import evaluate_history
 from rxt_hf.evaluation.memory import Dialogues, probes, sampled, teacher_forced
 from rxt_hf.evaluation.speed import environment
 
@@ -97,8 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         if arm not in report["arms"]:
             report["arms"][arm] = measure(folders, arm, sources, options.tokens)
             path.write_text(json.dumps(report, indent=1) + "\n")
-    for render in (dialogues_table, dialogues_by_turn):
-        print(both_sources(render, report), end="\n\n")
+    print("\n\n".join(both_sources(render, report) for render in (dialogues_table, dialogues_by_turn)))
 
 
 if __name__ == "__main__":

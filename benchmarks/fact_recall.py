@@ -4,7 +4,7 @@ Recall of the demo, its controls and its baselines on held-out fact dialogues, g
 
     python benchmarks/fact_recall.py --first-run DIR --full-history DIR --current-turn DIR --output fact_recall.json
 
-DIR are folders of `python -m rxt_hf.training.fact_dialogues`: the demo's first run, to which `--arm full_history` and
+DIR are folders of `PYTHONPATH=examples python -m demo.train`: the demo's first run, to which `--arm full_history` and
 `--arm current_turn` are compared, since the demo was trained further than they were. Without them only the demo is
 measured. About 15 minutes on one core.
 """

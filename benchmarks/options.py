@@ -2,7 +2,7 @@
 """
 What each stage and each option of the memory is worth: many small models on the same generated fact dialogues.
 
-    python benchmarks/options.py --output benchmarks/results/options.json
+    PYTHONPATH=examples python benchmarks/options.py --output benchmarks/results/options.json
 
 Every model takes equally many steps over the same dialogues of its seed, and answers the same test dialogues, greedy
 and closed loop. Models that the output holds already are kept, so that a stopped run goes on. Two minutes a model.
@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from demo.train import encode_dialogue
 from tables import options_table
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
@@ -26,11 +27,10 @@ from transformers import Trainer, TrainingArguments
 from rxt_hf import RxTConfig, RxTForCausalLM
 from rxt_hf.chat_template import train_tokenizer
 from rxt_hf.data.collator import RxTEpisodeCollator, RxTPreTrainingCollator
+from rxt_hf.data.facts import MIX as FACT_MIX
 from rxt_hf.data.facts import corpus_texts, generate_dialogue
 from rxt_hf.evaluation.recall import FIRST_TEST_SEED, effective_rank, recall
 from rxt_hf.evaluation.speed import environment
-from rxt_hf.training.fact_dialogues import MIX as FACT_MIX
-from rxt_hf.training.fact_dialogues import encode_dialogue
 from rxt_hf.training.loop import MuonAdamW, learning_rate_factor
 from rxt_hf.training.pretraining import RxTForPreTraining
 from rxt_hf.training.stages import set_training_stage

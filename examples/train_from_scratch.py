@@ -9,7 +9,7 @@ takes about a minute on one core and ends with a line like
     colours recalled after one other turn: 50 of 50
 
 A feature is an episode, a list of turns, and `labels` are the answers. One forward trains the memory through all its
-turns. The shipped demo was trained in the same way on far richer dialogues: see rxt_hf/training/fact_dialogues.py.
+turns. The shipped demo was trained in the same way on far richer dialogues: see examples/demo/train.py.
 """
 
 import argparse

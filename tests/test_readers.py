@@ -10,7 +10,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from memory_tasks.tasks import generate_remember
 from torch.utils.data import DataLoader
+from train_dialogues import texts
 
 from rxt_hf.chat_template import encode_interactions, train_tokenizer
 from rxt_hf.data.collator import RxTEpisodeCollator
@@ -24,8 +26,6 @@ from rxt_hf.data.readers import (
     read_jsonl,
     split_messages,
 )
-from rxt_hf.data.tasks import generate_remember
-from rxt_hf.training.dialogues import texts
 from rxt_hf.training.run import _as_text
 
 from .models import tiny_model

@@ -11,15 +11,16 @@
 #   SIZE=micro ARMS="rxt current_turn full_history" OPTIONS="--vocab_size 7500 --tokens_per_step 65536 \
 #       --max_steps 20000 --learning_rate 1e-3" sh examples/recipes/dialogues.sh out path/to/sgd path/to/star
 #
-# and the same with SIZE=mini. ARMS are those of rxt_hf.training.arms, SIZE is a name of rxt_hf.presets.PRESETS, OPTIONS
-# are further ones of rxt_hf.training.dialogues.
+# and the same with SIZE=mini. ARMS are those of examples/demo/baselines.py, SIZE is a name of rxt_hf.presets.PRESETS,
+# OPTIONS are further ones of benchmarks/train_dialogues.py.
 set -e
+export PYTHONPATH="examples${PYTHONPATH:+:$PYTHONPATH}"
 out=$1
 shift
 measured=""
 for arm in ${ARMS:-rxt current_turn full_history mamba sliding_window}; do
     # shellcheck disable=SC2086
-    python -m rxt_hf.training.dialogues --arm "$arm" --preset "${SIZE:-tiny}" --data "$@" --output_dir "$out/$arm" $OPTIONS
+    python benchmarks/train_dialogues.py --arm "$arm" --preset "${SIZE:-tiny}" --data "$@" --output_dir "$out/$arm" $OPTIONS
     measured="$measured --arm $arm=$out/$arm"
 done
 # shellcheck disable=SC2086

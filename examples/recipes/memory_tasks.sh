@@ -7,13 +7,14 @@
 #
 # Further options, such as --max_steps 10, go to all.
 set -e
+export PYTHONPATH="examples${PYTHONPATH:+:$PYTHONPATH}"
 out=$1
 shift
-python -m rxt_hf.training.memory_tasks --output_dir "$out/remember" --tasks remember --size 40 \
+python -m memory_tasks.train --output_dir "$out/remember" --tasks remember --size 40 \
     --test_sizes 10 20 30 40 50 --generator '{"key_length": 1, "num_symbols": 64}' "$@"
-python -m rxt_hf.training.memory_tasks --output_dir "$out/rewrite" --tasks rewrite --size 16 \
+python -m memory_tasks.train --output_dir "$out/rewrite" --tasks rewrite --size 16 \
     --test_sizes 16 50 100 200 --max_steps 4000 --history 48 --generator '{"key_length": 1}' "$@"
-python -m rxt_hf.training.memory_tasks --output_dir "$out/babi" --tasks babi1 babi6 babi8 babi11 --size 5 \
+python -m memory_tasks.train --output_dir "$out/babi" --tasks babi1 babi6 babi8 babi11 --size 5 \
     --max_steps 6000 --hint 0.25 "$@"
-python -m rxt_hf.training.memory_tasks --output_dir "$out/babi_objects" --tasks babi2 babi3 babi7 --size 5 \
+python -m memory_tasks.train --output_dir "$out/babi_objects" --tasks babi2 babi3 babi7 --size 5 \
     --max_steps 6000 --hint 0.25 "$@"

@@ -23,10 +23,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import rxt_hf
 from rxt_hf.data.collator import RxTEpisodeCollator
-from rxt_hf.data.facts import UNKNOWN_ANSWER, generate_dialogue
+from rxt_hf.data.facts import MIX, UNKNOWN_ANSWER, generate_dialogue
 from rxt_hf.evaluation.recall import recall
 from rxt_hf.evaluation.speed import environment
-from rxt_hf.training.fact_dialogues import MIX
 from rxt_hf.training.preference import (
     PreferenceArguments,
     PreferenceTrainer,

@@ -20,6 +20,17 @@ from zlib import crc32
 UNKNOWN_ANSWER = "You have not told me that yet."
 SPLITS = ("train", "seen", "unseen", "open", "new")
 HELD_OUT_SHARE = 0.12
+FIRST_TRAINING_SEED = 1_000_000
+# more questions than in a test dialogue: they are what trains the memory
+MIX: dict[str, Any] = {
+    "p_state": 0.33,
+    "p_overwrite": 0.12,
+    "p_ask": 0.47,
+    "p_chat": 0.08,
+    "p_unknown": 0.15,
+    "p_open": 0.6,
+    "p_new": 0.0,
+}
 
 # fmt: off
 

@@ -10,7 +10,7 @@ An interaction is a mapping with `query` and `answer`, and optionally
     train         False if the answer is written into the memory and not learned
     recall        `[[start, end, distance], ...]`: words of `answer`, as character spans, that only earlier turns tell
 
-`query` and `answer` are texts, or lists of token ids (see `rxt_hf.data.tasks`). A turn without an answer (None) is
+`query` and `answer` are texts, or lists of token ids. A turn without an answer (None) is
 written into the memory, and nothing is learned from it. An episode is a mapping with `interactions`, and optionally
 `probes`: questions asked after the last interaction, each from the same memory.
 """

@@ -20,11 +20,10 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainingArguments
 
 from ..data.collator import RxTEpisodeCollator
-from ..data.facts import ATTRIBUTES, Dialogue, DialogueWriter, contains_value, generate_dialogue, score_answer
+from ..data.facts import ATTRIBUTES, MIX, Dialogue, DialogueWriter, contains_value, generate_dialogue, score_answer
 from ..data.readers import encode_turns
 from ..evaluation.rollout import SAMPLED, play, texts
 from ..evaluation.text_scores import sentence_bleu
-from .fact_dialogues import MIX
 from .preference import answer_log_probs, check_reference, reference_of
 
 # (share of the run, turns of a dialogue, share of dialogues that come back to a topic after others)

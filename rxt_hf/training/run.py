@@ -53,7 +53,7 @@ from ..chat_template import source_pieces, train_tokenizer
 from ..configuration_rxt import RxTConfig
 from ..convert import adapter_config
 from ..data.collator import RxTEpisodeCollator, RxTPreTrainingCollator
-from ..data.facts import generate_dialogue
+from ..data.facts import FIRST_TRAINING_SEED, generate_dialogue
 from ..data.files import read_object, read_text
 from ..data.readers import ENDINGS, Episodes, bucket_by_turns, converted_rows, pack_texts, said
 from ..data.rows import checked_text, to_episode
@@ -62,7 +62,6 @@ from ..evaluation.recall import FIRST_TEST_SEED
 from ..hub import export, model_card
 from ..modeling_rxt import RxTForCausalLM
 from ..presets import PRESETS
-from .fact_dialogues import FIRST_TRAINING_SEED
 from .preference import (
     PreferenceArguments,
     PreferenceTrainer,

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..data.collator import RxTEpisodeCollator
-from ..data.readers import encode_turns
-from ..layers_rxt import upcast
-from .memory import ROWS, Dialogues, figures_of, on_device, probe_scores
-from .rollout import GREEDY, answer
+from rxt_hf.data.collator import RxTEpisodeCollator
+from rxt_hf.data.readers import encode_turns
+from rxt_hf.evaluation.memory import ROWS, Dialogues, figures_of, on_device, probe_scores
+from rxt_hf.evaluation.rollout import GREEDY, answer
+from rxt_hf.layers_rxt import upcast
 
 
 def history_losses(model: Any, batch: Mapping[str, torch.Tensor], *, full_history: bool) -> torch.Tensor:

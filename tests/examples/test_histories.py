@@ -11,19 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from demo.baselines import ARMS, SLIDING_WINDOW, build_model
+from demo.train import FactDialogues
+from histories import evaluate_history, history_losses, history_probes
+from tables import dialogues_by_turn
 from torch.nn import functional as F
+from train_dialogues import CURRICULUM, FACTS, DialogueSteps, main, with_probes
 
 from rxt_hf import RxTConfig
 from rxt_hf.chat_template import train_tokenizer
 from rxt_hf.data.facts import corpus_texts
-from rxt_hf.evaluation.histories import evaluate_history, history_losses, history_probes
 from rxt_hf.evaluation.memory import Dialogues
-from rxt_hf.training.arms import ARMS, SLIDING_WINDOW, build_model
-from rxt_hf.training.dialogues import CURRICULUM, FACTS, DialogueSteps, main, with_probes
-from rxt_hf.training.fact_dialogues import FactDialogues
 
-from .models import SIZES, close
-from .reference_rxt import randomize
+from ..models import SIZES, close
+from ..reference_rxt import randomize
 
 TURNS = [
     {"query": "A table for 7 people.", "answer": "It is booked."},
@@ -178,7 +179,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def benchmark():
-    return runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "dialogues.py"))
+    return runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "dialogues.py"))
 
 
 @pytest.mark.filterwarnings("ignore:.*generation flags:UserWarning")
@@ -217,16 +218,16 @@ def test_the_benchmark_measures_every_arm_beside_the_floor(benchmark, trained, c
     ]
 
 
-def test_perplexity_of_a_group_of_turns_is_that_of_all_their_tokens(benchmark):
+def test_perplexity_of_a_group_of_turns_is_that_of_all_their_tokens():
     found = {"all": [9.0, 99], "1": [2.0, 10], "3": [2.0, 1], "4": [8.0, 1], "20": [3.0, 2]}
     report = {"arms": {"rxt": {"sources": {"booking": {"own": {"answer_perplexity": found}}}}}}
-    head, _, row = benchmark["by_turn"](report, "booking").splitlines()
+    head, _, row = dialogues_by_turn(report, "booking").splitlines()
     assert head == "| booking; turn | 1 | 2 | 3-4 | 5-8 | 9-12 | 13+ |"
     assert row == "| RxT, fixed-size memory | 2.00 |  | 4.00 |  |  | 3.00 |"
 
 
 def test_the_recipe_trains_and_measures_the_sizes_of_the_paper(trained):
-    root, size = Path(__file__).parents[1], {name: value for name, value in SIZES.items() if name != "vocab_size"}
+    root, size = Path(__file__).parents[2], {name: value for name, value in SIZES.items() if name != "vocab_size"}
     override = json.dumps(size | {"num_experts": 2, "head_dim": 8}, separators=(",", ":"))
     options = f"--max_steps 1 --tokens_per_step 400 --warmup_steps 0 --disable_tqdm True --override {override}"
     environment = {"SIZE": "micro", "ARMS": "rxt full_history", "OPTIONS": options}

@@ -22,8 +22,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ..configuration_rxt import RxTConfig
-from ..modeling_rxt import RxTForCausalLM
+from rxt_hf.configuration_rxt import RxTConfig
+from rxt_hf.modeling_rxt import RxTForCausalLM
 
 Arm = Literal["rxt", "current_turn", "sliding_window", "mamba", "full_history"]
 ARMS: tuple[str, ...] = get_args(Arm)

@@ -2,16 +2,16 @@
 """
 Trains the demo, and the baselines it is compared with, on generated fact dialogues with plain `transformers.Trainer`.
 
-    python -m rxt_hf.training.fact_dialogues --output_dir out
+    PYTHONPATH=examples python -m demo.train --output_dir out
 
 runs to the end, or resumes from the last checkpoint in `out`. More processes, on one machine or many, make each step
 larger by as many times `--turns_per_step`:
 
-    torchrun --nproc_per_node 2 -m rxt_hf.training.fact_dialogues --output_dir out --ddp_find_unused_parameters False
+    PYTHONPATH=examples torchrun --nproc_per_node 2 -m demo.train --output_dir out --ddp_find_unused_parameters False
 
 A finished run is trained further by
 
-    python -m rxt_hf.training.fact_dialogues --output_dir more --start_from out --skip 0.52 --seed 2
+    PYTHONPATH=examples python -m demo.train --output_dir more --start_from out --skip 0.52 --seed 2
 
 with new dialogues (they are a function of the seed), a learning rate that rises again, and without the first half of
 the curriculum.
@@ -28,13 +28,21 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ..chat_template import encode_interactions, train_tokenizer
-from ..configuration_rxt import RxTConfig
-from ..data.facts import Dialogue, Interaction, corpus_texts, generate_dialogue, open_name
-from ..modeling_rxt import RxTForCausalLM
-from ..presets import PRESETS
-from .arms import Arm, arranged, build_model
-from .loop import SECOND_FALL_FROM, CpuBudget, StepCollator, parse, train
+from demo.baselines import Arm, arranged, build_model
+from rxt_hf.chat_template import encode_interactions, train_tokenizer
+from rxt_hf.configuration_rxt import RxTConfig
+from rxt_hf.data.facts import (
+    FIRST_TRAINING_SEED,
+    MIX,
+    Dialogue,
+    Interaction,
+    corpus_texts,
+    generate_dialogue,
+    open_name,
+)
+from rxt_hf.modeling_rxt import RxTForCausalLM
+from rxt_hf.presets import PRESETS
+from rxt_hf.training.loop import SECOND_FALL_FROM, CpuBudget, StepCollator, parse, train
 
 # (share of the run, turns of a dialogue): short dialogues first, so that writing and reading find each other
 CURRICULUM = (
@@ -46,17 +54,6 @@ CURRICULUM = (
     (0.8, (8, 16, 32, 64)),
     (1.0, (8, 16, 32)),
 )
-FIRST_TRAINING_SEED = 1_000_000
-# more questions than in a test dialogue: they are what trains the memory
-MIX: dict[str, Any] = {
-    "p_state": 0.33,
-    "p_overwrite": 0.12,
-    "p_ask": 0.47,
-    "p_chat": 0.08,
-    "p_unknown": 0.15,
-    "p_open": 0.6,
-    "p_new": 0.0,
-}
 LABELLED_SHARE = 0.3
 # from this share of the run, two steps of five have values out of no list: spelling an unknown one takes longest to
 # learn. They are names, or in one of the two steps, where `p_new` is not 0, values of every attribute
@@ -91,7 +88,7 @@ class FactDialogueArguments:
     """What the recipe adds to `TrainingArguments`."""
 
     arm: Arm = field(
-        default="rxt", metadata={"help": "Model to train: rxt (the demo), or a baseline of rxt_hf.training.arms."}
+        default="rxt", metadata={"help": "Model to train: rxt (the demo), or a baseline of demo.baselines."}
     )
     turns_per_step: int = field(
         default=128, metadata={"help": "Turns of a step; it holds turns_per_step / turns dialogues."}

@@ -9,6 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from demo import train as fact_dialogues
+from demo.baselines import ARMS, build_model
+from demo.train import FactDialogues, main
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
@@ -18,12 +21,10 @@ from rxt_hf.chat_template import encode_interaction, train_tokenizer
 from rxt_hf.data.facts import ATTRIBUTES, HELD_OUT_PAIRS, OPEN_REAL_NAMES, VALUES, corpus_texts, generate_dialogue
 from rxt_hf.evaluation.recall import FIRST_TEST_SEED
 from rxt_hf.presets import PRESETS
-from rxt_hf.training import fact_dialogues, loop
-from rxt_hf.training.arms import ARMS, build_model
-from rxt_hf.training.fact_dialogues import FactDialogues, main
+from rxt_hf.training import loop
 from rxt_hf.training.loop import CpuBudget, MuonAdamW, StepCollator, learning_rate_factor
 
-from .models import random_ids, tiny_model
+from ..models import random_ids, tiny_model
 
 SIZES = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "num_memory_slots": 5}
 

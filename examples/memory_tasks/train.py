@@ -1,8 +1,8 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Trains a small model on synthetic memory tasks (`rxt_hf.data.tasks`) and measures how many answers are exactly right.
+Trains a small model on synthetic memory tasks (`memory_tasks.tasks`) and measures how many answers are exactly right.
 
-    python -m rxt_hf.training.memory_tasks --tasks remember --size 40 --test_sizes 10 20 40 --output_dir out
+    PYTHONPATH=examples python -m memory_tasks.train --tasks remember --size 40 --test_sizes 10 20 40 --output_dir out
 
 runs to the end, or resumes from the last checkpoint in `out`, and writes `out/result.json`. The size of an episode
 (see `SIZES`) stays at `--first_size` until a value is bound to its key, then it grows. In tasks of token ids questions
@@ -24,14 +24,14 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast, Trainer
 
-from ..chat_template import train_tokenizer
-from ..configuration_rxt import RxTConfig
-from ..data.collator import RxTEpisodeCollator
-from ..data.readers import encode_turns, said
-from ..data.tasks import TASKS
-from ..evaluation.speed import environment
-from ..modeling_rxt import RxTForCausalLM
-from .loop import CpuBudget, parse, train
+from memory_tasks.tasks import TASKS
+from rxt_hf.chat_template import train_tokenizer
+from rxt_hf.configuration_rxt import RxTConfig
+from rxt_hf.data.collator import RxTEpisodeCollator
+from rxt_hf.data.readers import encode_turns, said
+from rxt_hf.evaluation.speed import environment
+from rxt_hf.modeling_rxt import RxTForCausalLM
+from rxt_hf.training.loop import CpuBudget, parse, train
 
 # what the size of an episode of a task says, as arguments of its generator; of the others: the number of questions
 SIZES: dict[str, Any] = {
@@ -259,9 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes = options.test_sizes or [options.size]
     result = {
         "environment": environment("cpu"),
-        "command": shlex.join(
-            ["python", "-m", "rxt_hf.training.memory_tasks", *(sys.argv[1:] if argv is None else argv)]
-        ),
+        "command": shlex.join(["python", "-m", "memory_tasks.train", *(sys.argv[1:] if argv is None else argv)]),
         "tasks": options.tasks,
         "parameters": model.num_parameters(),
         "memory_bytes": model.init_stm(1).nbytes,

@@ -8,9 +8,7 @@ from collections import Counter, defaultdict
 from math import log2
 
 import pytest
-
-from rxt_hf.data.facts import CHAT
-from rxt_hf.data.tasks import (
+from memory_tasks.tasks import (
     BABI_TASKS,
     TASKS,
     generate_babi,
@@ -20,6 +18,8 @@ from rxt_hf.data.tasks import (
     generate_rewrite,
     generate_variable_tracking,
 )
+
+from rxt_hf.data.facts import CHAT
 
 NUMBERS = ("none", "one", "two", "three", "four")
 MOVE = re.compile(r"(\w+(?: \w+)?) (?:went|walked|ran|moved) to the (\w+)\.")

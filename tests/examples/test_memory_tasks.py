@@ -10,12 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch.nn import functional as F
-
-from rxt_hf.chat_template import train_tokenizer
-from rxt_hf.training import memory_tasks
-from rxt_hf.training.memory_tasks import (
+from memory_tasks import train as memory_tasks
+from memory_tasks.train import (
     MemoryTaskArguments,
     MemoryTasks,
     answer_logits,
@@ -23,8 +19,12 @@ from rxt_hf.training.memory_tasks import (
     exact,
     generate,
 )
+from safetensors.torch import load_file
+from torch.nn import functional as F
 
-from .models import close, tiny_model
+from rxt_hf.chat_template import train_tokenizer
+
+from ..models import close, tiny_model
 
 SIZES = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "num_memory_slots": 5}
 
@@ -177,7 +177,7 @@ def test_recipe_resumes_and_writes_down_what_it_measured(tmp_path, task):
 
 
 def test_the_recipe_of_the_results_runs(tmp_path):
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(root)}
     # four processes, one thread each
     environment["OMP_NUM_THREADS"] = "1"

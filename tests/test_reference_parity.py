@@ -1,6 +1,7 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """The model against the float64 reference, option by option, with every parameter random."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -85,6 +86,31 @@ CASES = {
         "memory_gate_activation": "tanh",
     },
 }
+# what a form of reading, encoding or writing the memory is crossed with
+EXTRAS = {
+    "gqa, qk norm": {"use_qk_norm": True, "num_key_value_heads": 2},
+    "biases": BIASES,
+    "layers without rope": {"no_rope_layers": [1], "num_hidden_layers": 3},
+    "sliding windows": {"sliding_window": 2, "layer_types": ["sliding_attention", "full_attention"]},
+    "upper layers": {"num_hidden_layers": 4, "memory_layers": [2, 3], "use_gated_attention": True},
+    "a layer between": {"num_hidden_layers": 3, "memory_layers": [1], "num_memory_slots": 11},
+    "experts": MOE | {"num_shared_experts": 1, "sliding_window": 3},
+}
+FORMS = {
+    f"{reading}, {places}, {encoding}, {writing}": {
+        "memory_reading": reading,
+        "memory_positions": places,
+        "memory_encoding": encoding,
+        "memory_writing": writing,
+    }
+    for reading, places in (("cross_attention", "none"), ("joint", "none"), ("joint", "rank"))
+    for encoding in ("encoder", "decoder", "decoder_in_passing")
+    for writing in ("attention", "selection")
+}
+CASES |= {
+    f"{name}; {extra}": form | EXTRAS[extra]
+    for (name, form), extra in zip(FORMS.items(), itertools.cycle(EXTRAS), strict=False)
+}
 
 
 def make_config(**options) -> RxTConfig:
@@ -114,6 +140,15 @@ def make_episode() -> SimpleNamespace:
     return SimpleNamespace(input_ids=input_ids * mask, attention_mask=mask, labels=labels)
 
 
+def make_states(config, dtype=torch.float32):
+    """Random slots; where empty ones take no part, rows that are full, half filled, empty, and filled with one."""
+    shape = (BATCH, config.num_memory_layers, config.num_memory_slots, config.hidden_size)
+    states = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    if config.memory_reading == "joint":
+        states[1, :, 2:], states[2], states[3, :, 1:] = 0, 0, 0
+    return states.to(dtype)
+
+
 def close(actual, expected, tolerance=TOLERANCE):
     # a memory under a tanh gate grows in every turn, and float32 errs by a share of that
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance * max(1, expected.abs().max().item()))
@@ -132,10 +167,10 @@ def one_thread():
 def case(request):
     config = make_config(**request.param)
     model, episode = random_model(config), make_episode()
-    shape = (BATCH, config.num_memory_layers, config.num_memory_slots, config.hidden_size)
-    states = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     reference = Reference(config, model.state_dict())
-    return SimpleNamespace(config=config, model=model, reference=reference, states=states, **vars(episode))
+    return SimpleNamespace(
+        config=config, model=model, reference=reference, states=make_states(config), **vars(episode)
+    )
 
 
 @torch.no_grad()
@@ -157,7 +192,7 @@ def test_memory_after_each_of_three_updates_equals_the_reference(case):
     for t in range(TURNS):
         ids, mask = case.input_ids[:, t], case.attention_mask[:, t]
         cache = case.model.update_memory(cache, ids, mask)
-        expected = case.reference.update(expected, case.reference.encode(ids, mask), mask)
+        expected = case.reference.update(expected, case.reference.encode(ids, mask, expected), mask)
         close(cache.states, expected)
 
 
@@ -169,11 +204,9 @@ def test_a_silent_row_keeps_its_memory_bit_identical(case):
 
 @torch.no_grad()
 def test_encoded_states_equal_the_reference(case):
-    ids, mask, seen = case.input_ids[:, 0], case.attention_mask[:, 0], []
-    hook = case.model.model.memory_encoder.register_forward_hook(lambda module, args, output: seen.extend(output))
-    case.model.update_memory(case.states, ids, mask)
-    hook.remove()
-    for actual, expected in zip(seen, case.reference.encode(ids, mask), strict=True):
+    ids, mask, inner = case.input_ids[:, 0], case.attention_mask[:, 0], case.model.model
+    encoded, _ = inner.encoded_states(inner.embed_tokens(ids), mask, case.states)
+    for actual, expected in zip(encoded, case.reference.encode(ids, mask, case.states), strict=True):
         close(actual[mask.bool()], expected[mask.bool()])
 
 
@@ -183,7 +216,7 @@ def test_episode_loss_and_final_memory_equal_the_turn_loop(case):
     states = case.states
     for t in range(TURNS):
         ids, mask = case.input_ids[:, t], case.attention_mask[:, t]
-        states = case.reference.update(states, case.reference.encode(ids, mask), mask)
+        states = case.reference.update(states, case.reference.encode(ids, mask, states), mask)
     episode = {"attention_mask": case.attention_mask, "labels": case.labels, "stm_cache": case.states}
     for implementation in ("eager", "sdpa"):
         case.model.set_attn_implementation(implementation)
@@ -201,6 +234,28 @@ def of_rows(reference, router_logits, mask, counts):
         for row in range(len(counts))
     ]
     return sum(loss * share for loss, share in zip(losses, counts / counts.sum(), strict=True))
+
+
+FORMS_IN_FLOAT64 = {
+    f"{name}; {extra}": form | EXTRAS[extra]
+    for (name, form), extra in itertools.product(FORMS.items(), EXTRAS)
+    if form["memory_reading"] == "joint" and form["memory_writing"] == "selection"
+}
+
+
+@pytest.mark.parametrize("options", FORMS_IN_FLOAT64.values(), ids=FORMS_IN_FLOAT64.keys())
+@torch.no_grad()
+def test_joint_reading_and_choosing_equal_the_reference_in_float64(options):
+    (model, reference, _), episode = make_pair(options), make_episode()
+    states = make_states(model.config, torch.float64)
+    for t in range(TURNS):
+        ids, mask = episode.input_ids[:, t], episode.attention_mask[:, t]
+        _, logits = reference.decoder(ids, states, mask)
+        found = model(ids, attention_mask=mask, stm_cache=states)
+        close(found.logits[mask.bool()], logits[mask.bool()], 1e-10)
+        written = model.update_memory(states, ids, mask).states
+        close(written, reference.update(states, reference.encode(ids, mask, states), mask), 1e-10)
+        states = written
 
 
 @pytest.mark.parametrize("options", [MOE, CASES["everything"]], ids=["all layers", "with shared experts"])

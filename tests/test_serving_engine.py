@@ -78,6 +78,14 @@ MODELS = {
     "sliding": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "experts": {"num_experts": 4, "moe_intermediate_size": 16},
     "without rotation": {"no_rope_layers": [0]},
+    "read jointly": {"memory_reading": "joint"},
+    "read jointly, by rank": {"memory_reading": "joint", "memory_positions": "rank"},
+    "selected slots": {
+        "memory_reading": "joint",
+        "memory_encoding": "decoder",
+        "memory_writing": "selection",
+        "memory_init": "zeros",
+    },
 }
 
 

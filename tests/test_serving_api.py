@@ -258,7 +258,7 @@ def wait_for(condition, seconds=20):
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_row_and_stores_nothing(server, service, monkeypatch, stream):
     step = service.engine._step
-    monkeypatch.setattr(service.engine, "_step", lambda: (time.sleep(0.05), step()))
+    monkeypatch.setattr(service.engine, "_step", lambda: (time.sleep(0.2), step()))
     before, headers = service.store.usage("ann").records, {"authorization": f"Bearer {TOKENS['ann']}"}
     body = {"input": "Tell me a joke.", "stream": stream, "temperature": 2.0, "max_output_tokens": 200}
     timeout = httpx.Timeout(30, read=0.3)

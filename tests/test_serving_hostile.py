@@ -144,6 +144,30 @@ RAW = {
 }
 
 
+OTHER_KINDS = {
+    "/v1/responses": [
+        {"input": [{"role": ["user"], "content": "x"}]},
+        {"input": [{"type": {"a": 1}, "role": "user", "content": "x"}]},
+        {"input": "x", "text": {"format": ["text"]}},
+        {"input": "x", "tools": [{"type": "function", "function": 3}]},
+        {"input": [{"type": "reasoning", "content": 3}]},
+    ],
+    "/v1/chat/completions": [
+        {"messages": [{"role": {"user": 1}, "content": "x"}]},
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": 3}]},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": [], "arguments": {}}}]}]},
+        {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": ["text"]}},
+    ],
+}
+
+
+@pytest.mark.parametrize("path, body", [(path, body) for path, bodies in OTHER_KINDS.items() for body in bodies])
+def test_json_of_another_kind_than_the_field_takes_is_refused(http, path, body):
+    response = http.post(path, json=body)
+    check(response)
+    assert response.status_code == 400
+
+
 @pytest.mark.parametrize("path", ["/v1/responses", "/v1/chat/completions", "/v1/conversations"])
 @pytest.mark.parametrize("body", RAW.values(), ids=RAW)
 def test_bodies_that_are_no_request_are_refused(http, path, body):

@@ -167,6 +167,10 @@ def refuse(condition: Any, message: str, param: str) -> None:
         raise RequestError(message, param=param)
 
 
+def is_text_format(given: Any) -> bool:
+    return given is None or (isinstance(given, dict) and given.get("type") == "text")
+
+
 def check_tools(tools: list[dict[str, Any]] | None, choice: Any, *, is_nested: bool) -> list[dict[str, Any]] | None:
     """The functions that a model may call, as it is told of them."""
     refuse(
@@ -336,8 +340,8 @@ class Responses:
         refuse(body.background, "Responses in the background are not supported.", "background")
         refuse(body.top_logprobs, "Log probabilities are not supported.", "top_logprobs")
         refuse(set(body.include or ()) - OPTIONAL_INCLUDES, "Nothing of that can be included.", "include")
-        kind = ((body.text or {}).get("format") or {"type": "text"}).get("type")
-        refuse(kind != "text", "The model answers with plain text: text.format.type is text.", "text")
+        is_plain = is_text_format((body.text or {}).get("format"))
+        refuse(not is_plain, "The model answers with plain text: text.format.type is text.", "text")
 
     async def start(self) -> Job:
         body, service = self.body, self.service
@@ -511,8 +515,8 @@ class Chat:
         refuse(body.logprobs, "Log probabilities are not supported.", "logprobs")
         refuse(body.frequency_penalty or body.presence_penalty, "Penalties are not supported.", "frequency_penalty")
         refuse(body.logit_bias, "logit_bias is not supported.", "logit_bias")
-        kind = (body.response_format or {"type": "text"}).get("type")
-        refuse(kind != "text", "The model answers with plain text: response_format.type is text.", "response_format")
+        is_plain = is_text_format(body.response_format)
+        refuse(not is_plain, "The model answers with plain text: response_format.type is text.", "response_format")
         tools = check_tools(body.tools, body.tool_choice, is_nested=True)
         self.finished, self.asked = service.interactions({}, from_chat(body.messages), tools)
         base, self.keys = await service.known_prefix(self.tenant, self.finished)
@@ -658,7 +662,8 @@ def build_app(model: Any, tokenizer: Any, store: StateStore, settings: Settings 
     async def handle(request: Request, error: Exception) -> Response:
         if isinstance(error, RequestValidationError):
             first = error.errors()[0]
-            place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+            # names of fields are the client's, and may be of any length
+            place = [str(part)[:80] for part in first["loc"][:6] if part not in ("body", "query", "path")]
             text = f"{'.'.join(place)}: {first['msg']}" if place else first["msg"]
             error = RequestError(text, code=first["type"], param=place[0] if place else None)
         elif isinstance(error, HTTPException):

@@ -49,6 +49,17 @@ def text_of(content: Any, param: str) -> str:
     return text
 
 
+def role_of(message: Message, param: str, has_tools: bool = True) -> str:
+    """The role of a message by its name here, whatever JSON a client gave as one."""
+    known = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+    if has_tools:
+        known |= {"tool": "tool", "function": "tool"}
+    role = message.get("role")
+    if not isinstance(role, str) or role not in known:
+        raise RequestError(f"There is no role {str(role)[:40]!r}.", param=param)
+    return known[role]
+
+
 def from_items(items: str | Sequence[Message]) -> tuple[list[Message], str | None]:
     """Messages of a Responses input, and the sealed memory before them if there is one."""
     if isinstance(items, str):
@@ -63,9 +74,7 @@ def from_items(items: str | Sequence[Message]) -> tuple[list[Message], str | Non
             if not isinstance(sealed, str):
                 raise RequestError("A compaction item needs encrypted_content.", param="input")
         elif kind == "message":
-            role = {"developer": "system"}.get(item.get("role") or "", item.get("role"))
-            if role not in ("system", "user", "assistant"):
-                raise RequestError(f"There is no role {str(role)[:40]!r}.", param="input")
+            role = role_of(item, "input", has_tools=False)
             messages.append({"role": role, "content": text_of(item.get("content"), "input")})
         elif kind == "function_call":
             call = {name: text_of(item.get(name), "input") for name in ("name", "arguments")}
@@ -84,10 +93,9 @@ def from_chat(given: Sequence[Message]) -> list[Message]:
     """Messages of a Chat Completions request."""
     messages = []
     for each in given:
-        role = {"developer": "system", "function": "tool"}.get(each.get("role") or "", each.get("role"))
-        if role not in ("system", "user", "assistant", "tool"):
-            raise RequestError(f"There is no role {str(role)[:40]!r}.", param="messages")
-        calls = each.get("tool_calls") or []
+        role, calls = role_of(each, "messages"), each.get("tool_calls") or []
+        if not isinstance(calls, list):
+            raise RequestError("tool_calls is a list.", param="messages")
         content = each.get("content")
         message: Message = {"role": role, "content": "" if calls and content is None else text_of(content, "messages")}
         if calls:

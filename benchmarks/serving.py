@@ -3,7 +3,7 @@
 What serving costs: tokens per CPU second of 1, 8 and 32 clients, in process and over HTTP.
 
     python benchmarks/serving.py --output benchmarks/results/serving.json
-    python benchmarks/serving.py --hidden-size 512 --turns 2 --output benchmarks/results/serving_40m.json
+    python benchmarks/serving.py --hidden-size 256 --turns 2 --output benchmarks/results/serving_wider.json
 
 With `--hidden-size` the weights are random and the answers have 16 tokens.
 Each client holds a conversation and speaks as soon as it is answered. In process, one by one is `RxTSession.send`, and
@@ -82,7 +82,7 @@ def in_engine(model, tokenizer, clients, turns):
         if number == turns:
             ended.release()
             return
-        turn = Turn(prompts[number % len(prompts)], memory, model.generation_config.max_new_tokens)
+        turn = Turn(prompts[number % len(prompts)], memory, model.generation_config.max_new_tokens or 64)
 
         def go_on():
             if turn.is_done:

@@ -431,6 +431,31 @@ def cost_figure(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+SERVING_ARMS = {
+    "session": "`RxTSession.send`, one by one",
+    "engine": "the engine, in process",
+    "http, one row": "HTTP, one row",
+    "http": "HTTP",
+    "http, streamed": "HTTP, streamed",
+}
+
+
+def serving(*reports: Mapping[str, Any]) -> str:
+    """Tokens per CPU second, and the first token's time, by model and number of clients."""
+    head = ["clients", "1", "8", "32", "first token of 32, p50 / p95"]
+    tables = []
+    for report in reports:
+        rows = []
+        for arm, title in SERVING_ARMS.items():
+            found = report["arms"][arm]
+            first = found["32"].get("first_token")
+            times = "" if first is None else f"{first['p50_ms']:.0f} / {first['p95_ms']:.0f} ms"
+            rows.append([title, *(f"{found[count]['tokens_per_cpu_s']:.0f}" for count in ("1", "8", "32")), times])
+        size = f"{report['parameters'] / 1e6:.1f} million parameters; clients"
+        tables.append(markdown_table([size, *head[1:]], *rows))
+    return "\n\n".join(tables)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "summary": summary,
     "recall": lambda: recall_by_turns(load("fact_recall")),
@@ -442,6 +467,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "state-cost": lambda: state_cost(load("turn_cost_100m")),
     "decoding": lambda: decoding(load("decode_100m"), load("decode_100m_sqa")),
     "conversations": lambda: conversations(load("concurrency_100m")),
+    "serving": lambda: serving(load("serving"), load("serving_wider")),
     "fewer-bits": lambda: fewer_bits(load("quantized_recall")),
     "remember": lambda: memory_task(load("remember"), "pairs told"),
     "rewrite": lambda: memory_task(load("rewrite"), "writes"),

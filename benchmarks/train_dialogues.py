@@ -25,10 +25,11 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rxt_hf.chat_template import train_tokenizer
 from rxt_hf.configuration_rxt import RxTConfig
-from rxt_hf.data.readers import Episodes, cut_episode, endless_batches, said
+from rxt_hf.data.batching import StepCollator, endless_batches
+from rxt_hf.data.readers import Episodes, cut_episode, said
 from rxt_hf.evaluation.memory import sampled
 from rxt_hf.presets import PRESETS
-from rxt_hf.training.loop import CpuBudget, StepCollator, parse, train
+from rxt_hf.training.loop import CpuBudget, parse, train
 
 # (share of the run, turns that dialogues are cut to): short ones first, so that writing and reading find each other
 CURRICULUM = ((0.1, 2), (0.25, 5), (1.0, 16))

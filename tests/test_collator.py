@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+from rxt_hf.data.batching import StepCollator, StepDataset
 from rxt_hf.data.collator import RxTEpisodeCollator, RxTPreTrainingCollator
 
 LONG = {"input_ids": [[1, 4, 9], [1, 8]], "labels": [[-100, -100, 9], [-100, 8]]}
@@ -147,3 +148,16 @@ def test_a_bad_shape_is_refused_with_both_values(features, message):
 def test_sizes_below_one_are_refused(field):
     with pytest.raises(ValueError, match=f"{field}=0 must be at least 1"):
         RxTEpisodeCollator(pad_token_id=0, **{field: 0})
+
+
+@pytest.mark.parametrize("collate", [0, RxTEpisodeCollator(0)], ids=["padding token", "collator"])
+def test_an_item_of_a_data_set_of_steps_is_a_batch(collate):
+    features = [SHORT, LONG, LONG]
+    steps = StepDataset(features, [[1, 0], [2]])
+    assert len(steps) == 2 and steps[1] == [LONG]
+    batch = StepCollator(collate)([steps[0]])
+    expected = RxTEpisodeCollator(0)([LONG, SHORT])
+    assert set(batch) == set(expected)
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match="a batch size of 1, got 2"):
+        StepCollator(collate)([steps[0], steps[1]])

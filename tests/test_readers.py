@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 from train_dialogues import texts
 
 from rxt_hf.chat_template import encode_interactions, train_tokenizer
+from rxt_hf.data.batching import bucket_by_turns
 from rxt_hf.data.collator import RxTEpisodeCollator
 from rxt_hf.data.facts import generate_dialogue
 from rxt_hf.data.readers import (
     Episodes,
-    bucket_by_turns,
     cut_episode,
     pack_texts,
     read_episodes,

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
-from rxt_hf.training.run import RUN_NAME, STAGE_NAMES, Batches, add_arguments, check, parse, run
+from rxt_hf.training.run import RUN_NAME, STAGE_NAMES, add_arguments, check, in_batches, parse, run
 from rxt_hf.training.stages import STAGES
 
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes" / "curriculum"
@@ -259,7 +259,7 @@ def test_data_that_do_not_fit_the_stage_are_refused(chain, tmp_path):
 
 def test_batches_hold_every_feature_once_and_no_more_tokens_than_asked_for():
     features = [{"input_ids": [[1] * (2 + row % 5)] * (1 + row % 3), "row": row} for row in range(40)]
-    batches = Batches(features, 40)
+    batches = in_batches(features, 40)
     assert sorted(feature["row"] for index in range(len(batches)) for feature in batches[index]) == list(range(40))
     for index in range(len(batches)):
         turns = [feature["input_ids"] for feature in batches[index]]

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from demo.baselines import Arm, arranged, build_model
 from rxt_hf.chat_template import encode_interactions, train_tokenizer
 from rxt_hf.configuration_rxt import RxTConfig
+from rxt_hf.data.batching import StepCollator
 from rxt_hf.data.facts import (
     FIRST_TRAINING_SEED,
     MIX,
@@ -42,7 +43,7 @@ from rxt_hf.data.facts import (
 )
 from rxt_hf.modeling_rxt import RxTForCausalLM
 from rxt_hf.presets import PRESETS
-from rxt_hf.training.loop import SECOND_FALL_FROM, CpuBudget, StepCollator, parse, train
+from rxt_hf.training.loop import SECOND_FALL_FROM, CpuBudget, parse, train
 
 # (share of the run, turns of a dialogue): short dialogues first, so that writing and reading find each other
 CURRICULUM = (

@@ -18,9 +18,8 @@ written into the memory, and nothing is learned from it. An episode is a mapping
 import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import chain, count, islice
+from itertools import islice
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -28,6 +27,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from ..chat_template import CONTROL_TOKENS, encode_chats, encode_texts, escape_texts, render_chats
+from .batching import bucket_by_turns as bucket_by_turns
+from .batching import endless_batches as endless_batches
 from .files import decode, parse_json, read_rows
 from .rows import split_messages as split_messages
 from .rows import to_episode
@@ -304,57 +305,6 @@ def _places(rendered: str, text: str) -> list[int]:
     for character in rendered:
         places.append(places[-1] + (text[places[-1] : places[-1] + 1] == character))
     return places
-
-
-def bucket_by_turns(
-    sizes: Sequence[tuple[int, int]],
-    *,
-    max_batch_tokens: int,
-    max_turn_difference: int = 1,
-    seed: int = 0,
-    epoch: int = 0,
-) -> list[list[int]]:
-    r"""
-    Returns batches of indices for `DataLoader(batch_sampler=...)`: every episode once, episodes of similar turns and
-    tokens together, in an order that depends on `seed` and `epoch` only.
-
-    Args:
-        sizes (`Sequence[tuple[int, int]]`): turns, and tokens of the longest turn, of each episode: `Episodes.sizes`.
-        max_batch_tokens (`int`): upper bound of batch size x turns x tokens of a padded batch.
-        max_turn_difference (`int`): largest difference in turns within a batch.
-
-    Raises:
-        `ValueError` if an episode alone is larger than `max_batch_tokens`.
-    """
-    random = Random(f"{seed}:{epoch}").random
-    batches: list[list[int]] = []
-    batch: list[int] = []
-    width = 0
-    # tokens are compared coarsely, so that batches differ from epoch to epoch
-    for index in sorted(range(len(sizes)), key=lambda index: (sizes[index][0], sizes[index][1] // 8, random())):
-        turns, tokens = sizes[index]
-        if turns * tokens > max_batch_tokens:
-            raise ValueError(
-                f"Episode {index} has {turns} turns of up to {tokens} tokens, more than "
-                f"max_batch_tokens={max_batch_tokens}: cut it with max_turns or max_tokens of Episodes."
-            )
-        width = max(width, tokens)
-        is_full = (len(batch) + 1) * turns * width > max_batch_tokens
-        if batch and (is_full or turns - sizes[batch[0]][0] > max_turn_difference):
-            batches.append(batch)
-            batch, width = [], tokens
-        batch.append(index)
-    if batch:
-        batches.append(batch)
-    return sorted(batches, key=lambda _: random())
-
-
-def endless_batches(episodes: Episodes, max_batch_tokens: int) -> Iterator[list[int]]:
-    """[`bucket_by_turns`], epoch after epoch; raises `ValueError` if there is no episode to begin with."""
-    if not len(episodes):
-        raise ValueError("No dialogue has an answer within the limits on turns and tokens: raise them.")
-    epochs = (bucket_by_turns(episodes.sizes, max_batch_tokens=max_batch_tokens, epoch=epoch) for epoch in count())
-    return chain.from_iterable(epochs)
 
 
 def pack_texts(

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..data.collator import RxTEpisodeCollator
+from ..data.batching import StepCollator as StepCollator
 
 # the learning rate falls twice: from its peak to 5 %, and in the last fifth of the run from 30 % to 2 % of the peak
 SECOND_FALL_FROM = 0.8
@@ -27,14 +27,6 @@ def parse(
     parser: Any = HfArgumentParser(cast("Any", (options_class, TrainingArguments)))
     parser.set_defaults(**defaults)
     return parser.parse_args_into_dataclasses(argv)
-
-
-class StepCollator(RxTEpisodeCollator):
-    """A batch of one item, which is a list of episodes."""
-
-    def __call__(self, features):
-        (episodes,) = features
-        return super().__call__(episodes)
 
 
 class CountingTrainer(Trainer):

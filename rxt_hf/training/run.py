@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import torch
-from torch.utils.data import Dataset
 from transformers import (
     AutoTokenizer,
     HfArgumentParser,
@@ -52,10 +51,11 @@ from transformers.utils import logging
 from ..chat_template import source_pieces, train_tokenizer
 from ..configuration_rxt import RxTConfig
 from ..convert import adapter_config
+from ..data.batching import StepCollator, StepDataset, bucket_by_turns
 from ..data.collator import RxTEpisodeCollator, RxTPreTrainingCollator
 from ..data.facts import FIRST_TRAINING_SEED, generate_dialogue
 from ..data.files import read_object, read_text
-from ..data.readers import ENDINGS, Episodes, bucket_by_turns, converted_rows, pack_texts, said
+from ..data.readers import ENDINGS, Episodes, converted_rows, pack_texts, said
 from ..data.rows import checked_text, to_episode
 from ..evaluation.memory import sampled
 from ..evaluation.recall import FIRST_TEST_SEED
@@ -362,36 +362,17 @@ def _single_turns(episode: Mapping[str, list[list[int]]]) -> Iterator[dict[str, 
             yield {"input_ids": ids, "labels": labels}
 
 
-class Batches(Dataset):
-    """A data set whose items are batches of features of similar length, see [`bucket_by_turns`]."""
-
-    def __init__(self, features: Sequence[dict[str, Any]], max_batch_tokens: int):
-        rows = [row if isinstance(row[0], list) else [row] for row in (feature["input_ids"] for feature in features)]
-        sizes = [(len(turns), max(map(len, turns))) for turns in rows]
-        largest = max(turns * tokens for turns, tokens in sizes)
-        if largest > max_batch_tokens:
-            raise ValueError(
-                f"max_batch_tokens={max_batch_tokens} does not hold the largest item of the data, of {largest} padded "
-                "tokens: raise it, or cut dialogues by turns and tokens."
-            )
-        self.features, self.batches = features, bucket_by_turns(sizes, max_batch_tokens=max_batch_tokens)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        return [self.features[row] for row in self.batches[index]]
-
-
-@dataclass
-class BatchCollator:
-    """Collates one item of [`Batches`], which is a batch already."""
-
-    collate: Any
-
-    def __call__(self, features: Sequence[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
-        (batch,) = features
-        return self.collate(batch)
+def in_batches(features: Sequence[dict[str, Any]], max_batch_tokens: int) -> StepDataset:
+    """Batches of features of about as many turns and tokens, see [`bucket_by_turns`]."""
+    rows = [row if isinstance(row[0], list) else [row] for row in (feature["input_ids"] for feature in features)]
+    sizes = [(len(turns), max(map(len, turns))) for turns in rows]
+    largest = max(turns * tokens for turns, tokens in sizes)
+    if largest > max_batch_tokens:
+        raise ValueError(
+            f"max_batch_tokens={max_batch_tokens} does not hold the largest item of the data, of {largest} padded "
+            "tokens: raise it, or cut dialogues by turns and tokens."
+        )
+    return StepDataset(features, bucket_by_turns(sizes, max_batch_tokens=max_batch_tokens))
 
 
 def load_tokenizer(options: RunArguments, start: str | None) -> Any:
@@ -498,8 +479,8 @@ def build_trainer(
     ]
     collator = collator_of(stage, tokenizer)
     if limit := options.max_batch_tokens:
-        data = [found and Batches(found, limit) for found in data]
-        collator = BatchCollator(collator)
+        data = [found and in_batches(found, limit) for found in data]
+        collator = StepCollator(collator)
         args.per_device_train_batch_size = args.per_device_eval_batch_size = 1
     trainer_class: Any = PreferenceTrainer if stage == PREFERENCE else Trainer
     reference = {}

@@ -18,11 +18,12 @@ from transformers import TrainingArguments
 
 from rxt_hf import RxTConfig
 from rxt_hf.chat_template import encode_interaction, train_tokenizer
+from rxt_hf.data.batching import StepCollator
 from rxt_hf.data.facts import ATTRIBUTES, HELD_OUT_PAIRS, OPEN_REAL_NAMES, VALUES, corpus_texts, generate_dialogue
 from rxt_hf.evaluation.recall import FIRST_TEST_SEED
 from rxt_hf.presets import PRESETS
 from rxt_hf.training import loop
-from rxt_hf.training.loop import CpuBudget, MuonAdamW, StepCollator, learning_rate_factor
+from rxt_hf.training.loop import CpuBudget, MuonAdamW, learning_rate_factor
 
 from ..models import random_ids, tiny_model
 

@@ -290,17 +290,17 @@ class RxTDecoderLayer(GradientCheckpointingLayer):
 
     def memory_keys_values(self, memory_states, filled=None, slot_embeddings=None):
         """
-        Returns keys and values of one layer's slots, (batch_size, num_memory_slots, hidden_size). Read jointly, those
-        of slots that are not `filled` are zeros, and `slot_embeddings` rotate by the slots' places.
+        Returns keys and values of one layer's slots, (batch_size, num_memory_slots, hidden_size), and zeros for those
+        that are not `filled`; `slot_embeddings` rotate by the slots' places.
         """
-        if not self.is_joint:
-            return self.memory_cross_attn.keys_values(self.memory_layernorm(memory_states))
-        states = self.self_attn.keys_values(
-            self.input_layernorm(memory_states), slot_embeddings if self.slots_have_rank else None
-        )
-        return tuple(part * filled[:, None, :, None] for part in states)
+        if self.is_joint:
+            states = self.input_layernorm(memory_states)
+            pair = self.self_attn.keys_values(states, slot_embeddings if self.slots_have_rank else None)
+        else:
+            pair = self.memory_cross_attn.keys_values(self.memory_layernorm(memory_states))
+        return pair if filled is None else tuple(part * filled[:, None, :, None] for part in pair)
 
-    def read_memory(self, memory_states, cache, dtype, memory_mask, slot_embeddings):
+    def read_memory(self, memory_states, cache, dtype, filled, slot_embeddings):
         """Returns this layer's keys and values of the memory; with a cache they are computed once a turn."""
         cached = isinstance(cache, EncoderDecoderCache)
         if cached and cache.is_updated.get(self.memory_idx):
@@ -310,7 +310,7 @@ class RxTDecoderLayer(GradientCheckpointingLayer):
             return None
         if memory_states.shape[2]:
             states = memory_states[:, self.memory_idx].to(dtype)
-            keys, values = self.memory_keys_values(states, memory_mask, slot_embeddings)
+            keys, values = self.memory_keys_values(states, filled, slot_embeddings)
         else:
             keys = values = memory_states[:, :1]
         if cached:
@@ -326,6 +326,7 @@ class RxTDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         cache: Cache | None = None,
         memory_mask: torch.Tensor | None = None,
+        filled: torch.Tensor | None = None,
         slot_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
@@ -334,7 +335,7 @@ class RxTDecoderLayer(GradientCheckpointingLayer):
             within_turn = cache.self_attention_cache
         memory = None
         if self.memory_idx is not None:
-            memory = self.read_memory(memory_states, cache, hidden_states.dtype, memory_mask, slot_embeddings)
+            memory = self.read_memory(memory_states, cache, hidden_states.dtype, filled, slot_embeddings)
         update, _ = self.self_attn(
             self.input_layernorm(hidden_states),
             attention_mask=attention_mask,
@@ -348,7 +349,8 @@ class RxTDecoderLayer(GradientCheckpointingLayer):
             update, _ = self.memory_cross_attn(
                 self.memory_cross_attn_layernorm(hidden_states), *memory, position_embeddings, memory_mask
             )
-            hidden_states = hidden_states + update
+            # a row without a slot to read computes what it does without a memory
+            hidden_states = hidden_states + (update if filled is None else update * filled.any(-1)[:, None, None])
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
@@ -469,6 +471,7 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         if config.memory_init == "learned":
             shape = (config.num_memory_layers, config.num_memory_slots, config.hidden_size)
             self.initial_memory = nn.Parameter(torch.empty(shape))
+        self.leaves_out_empty_slots = config.memory_reading == "joint" or config.memory_writing == "selection"
         self.leaves_out_last_token = config.memory_writing == "selection" or config.memory_encoding.endswith("passing")
         self.gradient_checkpointing = False
         self.post_init()
@@ -498,14 +501,14 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         """
         dtype = self.embed_tokens.weight.dtype
         layers = [layer for layer in self.layers if layer.memory_idx is not None]
-        filled = filled_slots(states)
+        filled = filled_slots(states) if self.leaves_out_empty_slots else None
         places = self._slot_embeddings(states[:, 0].to(dtype), filled)
         return [layer.memory_keys_values(states[:, layer.memory_idx].to(dtype), filled, places) for layer in layers]
 
     def _slot_embeddings(self, like: torch.Tensor, filled: torch.Tensor):
         """Returns the embeddings that rotate keys of slots by their rank among the filled ones, if any."""
         # CODEPATH: converted language models ask for it, RxT presets have cross-attention
-        if self.config.memory_positions != "rank":
+        if self.config.memory_positions != "rank" or filled is None:
             return None
         return rotary_tables(*self.rotary_emb(like, (filled.cumsum(dim=-1) - 1).clamp(min=0)))
 
@@ -733,27 +736,24 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         if position_ids is None:
             position_ids = positions_in_interaction(attention_mask, inputs_embeds, cache)
         filled = slot_embeddings = None
-        # CODEPATH: converted language models read jointly, RxT presets by cross-attention
-        if self.config.memory_reading == "joint":
+        is_joint = self.config.memory_reading == "joint"
+        if self.leaves_out_empty_slots:
             memory_states, filled = self._filled(memory_states, memory_mask, cache, attention_mask)
             memory_mask = filled
-        elif memory_mask is not None:
-            memory_mask = create_bidirectional_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=memory_mask,
-                encoder_hidden_states=memory_states[:, 0],
-            )
-        plain_masks = masks = self._causal_masks(
-            inputs_embeds, attention_mask, position_ids, cache, filled is not None
-        )
-        if filled is not None:
+        has_slots = is_joint and filled is not None
+        plain_masks = masks = self._causal_masks(inputs_embeds, attention_mask, position_ids, cache, has_slots)
+        # CODEPATH: converted language models read jointly, RxT presets by cross-attention
+        if has_slots:
             masks = self._masks_behind_slots(plain_masks, inputs_embeds, attention_mask, cache, filled)
             masks = self._with_salience(masks, memory_states, filled, inputs_embeds.dtype)
             # CODEPATH: as above
             if self.config.memory_positions == "rank":
                 position_ids = position_ids + filled.sum(dim=-1, keepdim=True)
                 slot_embeddings = None if memory_states is None else self._slot_embeddings(inputs_embeds, filled)
+        elif memory_mask is not None:
+            memory_mask = self._mask_of_slots(memory_mask, inputs_embeds)
+            if filled is not None:
+                memory_mask = self._with_salience({"": memory_mask}, memory_states, filled, inputs_embeds.dtype)[""]
         hidden_states = inputs_embeds
         position_embeddings = rotary_tables(*self.rotary_emb(hidden_states, position_ids))
         num_memory_layers = self.config.num_memory_layers
@@ -769,6 +769,7 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
                 position_embeddings=position_embeddings,
                 cache=cache,
                 memory_mask=memory_mask,
+                filled=filled,
                 slot_embeddings=slot_embeddings,
                 position_ids=position_ids,
                 **kwargs,
@@ -794,8 +795,8 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
 
     def _filled(self, memory_states, memory_mask, cache, attention_mask):
         """
-        The memory to be read jointly, and which of its slots are filled, (batch_size, slots). Nothing at all where no
-        slot is: then the numbers are those of a model without a memory, bit for bit.
+        Returns the memory to be read and which of its slots are filled, (batch_size, slots). Where no slot is, it is
+        nothing at all: then the numbers are those of a model without a memory, bit for bit.
         """
         if isinstance(cache, EncoderDecoderCache) and cache.is_updated.get(0):
             # an empty slot's values are zeros; in the first layer so are those of a padding token, as its embedding
@@ -812,6 +813,21 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         if not (is_fixed or torch.compiler.is_compiling() or filled.any()):
             return memory_states[:, :, :0], None
         return memory_states, filled
+
+    def _mask_of_slots(self, memory_mask, inputs_embeds):
+        """Returns the mask of the cross-attention; raises `ValueError` for flash kernels, which have none for it."""
+        mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=memory_mask,
+            encoder_hidden_states=memory_mask[..., None].to(inputs_embeds.dtype),
+        )
+        if mask is not None and is_flash_attention_requested(self.config):
+            raise ValueError(
+                f"{self.config._attn_implementation} cannot leave out slots of a memory that is read by "
+                'cross-attention: call model.set_attn_implementation("sdpa").'
+            )
+        return mask
 
     def _masks_behind_slots(self, masks, inputs_embeds, attention_mask, cache, filled):
         """
@@ -851,6 +867,7 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         salience = self.memory_selection.salience(memory_states[:, 0].detach(), filled).masked_fill(~filled, 0.0)
         bias, with_bias = (salience - salience.detach()).to(dtype)[:, None, None], {}
         for kind, mask in masks.items():
+            mask = filled[:, None, None] if mask is None else mask
             mask = as_bias(mask, dtype) if mask.dtype == torch.bool else mask
             with_bias[kind] = mask + F.pad(bias, (0, mask.shape[-1] - filled.shape[1]))
         return with_bias

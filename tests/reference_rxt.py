@@ -132,8 +132,9 @@ class Reference:
     def decode_row(self, tokens: Tensor, memory: Tensor | None) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """One row without padding: hidden states after each layer, logits, router logits of each MoE layer."""
         joint = self.config.memory_reading == "joint"
-        if joint and memory is not None:
-            memory = memory[:, filled(memory)]
+        # section 11: an empty slot takes no part
+        if memory is not None and (joint or self.config.memory_writing == "selection"):
+            memory = memory[:, filled(memory)] if filled(memory).any() else None
         config, hiddens, routers = self.config, [], []
         positions = torch.arange(len(tokens))
         distance = positions[:, None] - positions[None, :]
@@ -144,7 +145,7 @@ class Reference:
                 visible = visible & (distance < config.sliding_window)
             n = source = self.rms_norm(f"{name}.input_layernorm", x)
             at, keys_at = positions, positions
-            # section 11: the slots stand before the tokens, in one softmax with them
+            # the slots stand before the tokens, in one softmax with them
             if joint and memory is not None and config.memory_positions == "rank":
                 at = keys_at = positions + memory.shape[1]
             if joint and memory is not None and i in self.memory_layers:

@@ -144,7 +144,7 @@ def make_states(config, dtype=torch.float32):
     """Random slots; where empty ones take no part, rows that are full, half filled, empty, and filled with one."""
     shape = (BATCH, config.num_memory_layers, config.num_memory_slots, config.hidden_size)
     states = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    if config.memory_reading == "joint":
+    if config.memory_reading == "joint" or config.memory_writing == "selection":
         states[1, :, 2:], states[2], states[3, :, 1:] = 0, 0, 0
     return states.to(dtype)
 
@@ -239,13 +239,14 @@ def of_rows(reference, router_logits, mask, counts):
 FORMS_IN_FLOAT64 = {
     f"{name}; {extra}": form | EXTRAS[extra]
     for (name, form), extra in itertools.product(FORMS.items(), EXTRAS)
-    if form["memory_reading"] == "joint" and form["memory_writing"] == "selection"
+    if form["memory_writing"] == "selection"
+    and (form["memory_reading"] == "joint" or form["memory_encoding"] == "decoder")
 }
 
 
 @pytest.mark.parametrize("options", FORMS_IN_FLOAT64.values(), ids=FORMS_IN_FLOAT64.keys())
 @torch.no_grad()
-def test_joint_reading_and_choosing_equal_the_reference_in_float64(options):
+def test_reading_and_writing_by_choice_equal_the_reference_in_float64(options):
     (model, reference, _), episode = make_pair(options), make_episode()
     states = make_states(model.config, torch.float64)
     for t in range(TURNS):

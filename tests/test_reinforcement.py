@@ -12,13 +12,11 @@ from rxt_hf.data.collator import RxTEpisodeCollator
 from rxt_hf.data.facts import UNKNOWN_ANSWER, corpus_texts, generate_dialogue
 from rxt_hf.evaluation.text_scores import corpus_bleu, ngram_counts, sentence_bleu, word_ids
 from rxt_hf.training.reinforcement import (
-    FactCurriculum,
     ReinforcementArguments,
     ReinforcementTrainer,
     RepeatedSampler,
     clipped_loss,
     group_advantages,
-    long_range_dialogue,
     mean_embeddings,
     recall_reward,
     sample_episodes,
@@ -416,32 +414,3 @@ def test_repeated_sampler_repeats_whole_chunks():
     sampler = RepeatedSampler([3, 1, 4, 1, 5], chunk=2, times=3)
     assert list(sampler) == [3, 1, 3, 1, 3, 1, 4, 1, 4, 1, 4, 1]
     assert len(sampler) == 12
-
-
-# ---- curricula
-
-
-def test_long_range_dialogues_ask_at_last_for_what_was_told_at_first():
-    for seed in range(30):
-        turns = long_range_dialogue(seed, num_turns=12, num_facts=3)["interactions"]
-        assert [turn["kind"] for turn in turns[:3]] == ["state"] * 3
-        assert [turn["kind"] for turn in turns[-3:]] == ["ask"] * 3
-        first = {turn["attribute"]: turn["value"] for turn in turns[:3]}
-        assert {turn["attribute"]: turn["value"] for turn in turns[-3:]} == first
-        assert all(turn["distance"] == turn["distance_stated"] == 9 for turn in turns[-3:])
-        assert not {turn["attribute"] for turn in turns[3:-3]} & set(first)
-    assert long_range_dialogue(1) == long_range_dialogue(1) != long_range_dialogue(2)
-    with pytest.raises(ValueError, match="got 5 turns"):
-        long_range_dialogue(1, num_turns=5, num_facts=3)
-
-
-def test_curriculum_goes_from_short_to_long_and_is_a_function_of_the_index():
-    data = FactCurriculum(steps=40, dialogues_per_step=3)
-    items = [data[index] for index in range(len(data))]
-    assert len(items) == 120 and items[::-1] == [FactCurriculum(40, 3)[index] for index in reversed(range(120))]
-    turns = [len(item["interactions"]) for item in items]
-    assert all(len(set(turns[step : step + 3])) == 1 for step in range(0, 120, 3))
-    assert turns == sorted(turns) and len(set(turns)) > 1
-    is_long_range = [[turn["kind"] for turn in item["interactions"][-3:]] == ["ask"] * 3 for item in items]
-    assert sum(is_long_range[78:]) > sum(is_long_range[:36]) + 5
-    assert len({item["seed"] for item in items}) == 120 and min(item["seed"] for item in items) >= 300_000_000

@@ -2,7 +2,7 @@
 """
 Stage 6 on the demo: memory reinforcement learning on whole dialogues, rewarded for exactly the right values.
 
-    OMP_NUM_THREADS=1 python examples/recipes/reinforcement.py --output_dir out
+    OMP_NUM_THREADS=1 PYTHONPATH=examples python examples/recipes/reinforcement.py --output_dir out
 
 plays training dialogues, eight samples of each, first of 8 turns and then of 16, half of which come back to a topic
 after others, and measures before and after on test dialogues (`out/result.json`): greedy, and sampled as in training,
@@ -14,13 +14,14 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from demo.curriculum import FactCurriculum
 from preference import loaded, measured, report
 from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 import rxt_hf
 from rxt_hf.training.loop import CpuBudget
-from rxt_hf.training.reinforcement import FactCurriculum, ReinforcementArguments, ReinforcementTrainer
+from rxt_hf.training.reinforcement import ReinforcementArguments, ReinforcementTrainer
 
 RECIPE = {
     "max_steps": 80,

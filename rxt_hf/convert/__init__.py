@@ -3,5 +3,6 @@
 
 from .llm import adapter_config, convert_tokenizer, freeze_base, from_llm
 from .rxlm import from_rxlm
+from .salience import fit_salience
 
-__all__ = ["adapter_config", "convert_tokenizer", "freeze_base", "from_llm", "from_rxlm"]
+__all__ = ["adapter_config", "convert_tokenizer", "fit_salience", "freeze_base", "from_llm", "from_rxlm"]

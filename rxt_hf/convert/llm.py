@@ -519,7 +519,7 @@ def _mapped_tensors(source: PreTrainedModel, config: RxTConfig) -> dict[str, tor
                 tensors[target.format(layer=index)] = tensor
             elif index in memory_layers and config.memory_encoding == "encoder":
                 tensors[target.format(memory=memory_layers.index(index))] = tensor
-        if index in memory_layers and config.cross_attention_head_gate:
+        if layer and index in memory_layers and config.cross_attention_head_gate:
             module, kind = name.removeprefix(layer[0]).rsplit(".", 1)
             for target in _CROSS_ATTENTION.get(module, ()):
                 # behind a closed gate, a bias of the output would be all that it says

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..data.readers import Episodes
+from ..memory_rxt import RxTMemorySelection
 from ..modeling_rxt import RxTForCausalLM
 
 # The start: how much of the vocabulary counts as frequent, and penalties beside a salience in logarithms of ranks.
@@ -26,7 +27,7 @@ def start_salience(model: RxTForCausalLM) -> None:
     so a token's rarity is the logarithm of its id up to the first hundredth of the vocabulary; the salience is linear
     in the states of the first memory layer, to which it is fitted by ridge regression.
     """
-    selection = model.model.memory_selection
+    selection = _selection(model)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randperm(model.config.vocab_size, generator=generator)[:16_384]
     width = min(len(ids), 128)
@@ -64,8 +65,7 @@ def fit_salience(
 
     Raises: `ValueError` for a model that does not select, and where no token is ever recalled.
     """
-    if model.model.memory_selection is None:
-        raise ValueError(f'fit_salience needs memory_writing="selection", got {model.config.memory_writing!r}.')
+    _selection(model)
     dialogues = list(_recalls(episodes))
     if not any(recalled for dialogue in dialogues for _, recalled in dialogue):
         raise ValueError("No answer recalls a word of an earlier turn: there is nothing to fit the salience to.")
@@ -77,10 +77,14 @@ def fit_salience(
 
 def _recalls(episodes: Episodes) -> Iterator[list[tuple[list[int], list[int]]]]:
     """For each dialogue its turns: the ids, and those ids among its answer's that only earlier turns tell."""
-    spread = Counter(token for item in episodes for token in {token for ids in item["input_ids"] for token in ids})
+    spread = Counter(
+        token
+        for item in map(episodes.__getitem__, range(len(episodes)))
+        for token in {token for ids in item["input_ids"] for token in ids}
+    )
     rare = {token for token, count in spread.items() if count < max(len(episodes) / 20, 2)}
-    for item, marked in zip(episodes, episodes.recall_labels, strict=True):
-        dialogue, earlier = [], set()
+    for index, marked in enumerate(episodes.recall_labels):
+        item, dialogue, earlier = episodes[index], [], set()
         for turn, (ids, labels) in enumerate(zip(item["input_ids"], item["labels"], strict=True)):
             if marked is not None:
                 recalled = [token for token in marked[turn] if token != -100]
@@ -102,7 +106,7 @@ def _fit(model: RxTForCausalLM, dialogues: list, topics: int, rng: Random) -> di
             held, asked = held + sum(is_held), asked + len(is_held)
     states, later, repeated, recalled = (torch.cat(parts).float() for parts in zip(*features, strict=True))
     columns = torch.stack([torch.ones_like(later), -later / 100, -repeated], dim=1)
-    selection = model.model.memory_selection
+    selection = _selection(model)
     weight = selection.weight.detach().float().cpu().clone().requires_grad_()
     others = torch.zeros(3, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, others], max_iter=40, line_search_fn="strong_wolfe")
@@ -128,7 +132,7 @@ def _play(model: RxTForCausalLM, dialogues: Sequence[Any]) -> Iterator[tuple[tup
     Writes dialogues into one memory. For each turn: of all candidates the normalised states, the number of later ones,
     whether one of these is the same, and whether it will be recalled; and which tokens that it recalls were held.
     """
-    selection = model.model.memory_selection
+    selection = _selection(model)
     # a memory of one layer, and what each of its slots is: the token, and its dialogue
     states = torch.zeros(1, 0, model.config.hidden_size, device=model.device)
     kept: list[tuple[int, int]] = []
@@ -146,6 +150,13 @@ def _play(model: RxTForCausalLM, dialogues: Sequence[Any]) -> Iterator[tuple[tup
             scores = selection.salience(states, all_of_them)[0]
             best = scores.topk(min(selection.num_slots, len(kept))).indices.sort().values
             states, kept = states[:, best], [kept[index] for index in best.tolist()]
+
+
+def _selection(model: RxTForCausalLM) -> RxTMemorySelection:
+    selection: Any = model.model.memory_selection
+    if selection is None:
+        raise ValueError(f'A salience needs memory_writing="selection", got {model.config.memory_writing!r}.')
+    return selection
 
 
 def _first_states(model: RxTForCausalLM, ids: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,7 @@ from .layers_rxt import (
     rotary_tables,
     upcast,
 )
+from .losses_rxt import load_balancing_losses, refuse_labels_taken_away, row_shares
 from .memory_rxt import (
     RxTGateLinear,
     RxTMemoryAttention,
@@ -889,46 +890,6 @@ def nothing_recorded():
         yield
     finally:
         _active_collector.reset(token)
-
-
-def load_balancing_losses(router_logits, top_k, weights):
-    r"""
-    Returns the load-balancing loss of the Switch Transformer (arXiv 2101.03961, equations 4 to 6) of each row, over
-    its tokens of all layers: `num_experts * sum_e(share of the choices that fall on e * mean probability of e)`.
-    `weights` of (batch_size, tokens) are 0 at padding.
-    """
-    probabilities = torch.stack([F.softmax(upcast(logits), dim=-1) for logits in router_logits])
-    layers, _, num_experts = probabilities.shape
-    probabilities = probabilities.unflatten(1, weights.shape).transpose(0, 1).flatten(1, 2)
-    weights = weights.to(probabilities).repeat(1, layers)
-    weights = weights / weights.sum(-1, keepdim=True).clamp(min=1)
-    chosen = torch.topk(probabilities, top_k, dim=-1).indices
-    choices = F.one_hot(chosen, num_experts).to(weights).sum(dim=-2)
-    shares = (choices * weights[..., None]).sum(1)
-    means = (probabilities * weights[..., None]).sum(1)
-    return num_experts * (shares * means).sum(-1)
-
-
-def row_shares(counts, labels=None, num_items_in_batch=None):
-    """
-    Returns the weight of each row, (batch_size,), in a loss other than that of the tokens: its share of the labels of
-    the optimizer step. Their number is all that a model knows about the step's other batches and processes, and so the
-    gradient does not depend on how a step is split. Without labels it is the row's share of `counts`, the number of
-    items that its loss is a mean over.
-    """
-    if labels is None:
-        return counts / counts.sum().clamp(min=1)
-    counts = labels[..., 1:].ne(-100).flatten(1).sum(1)
-    return counts / (counts.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
-
-
-def refuse_labels_taken_away(labels, num_items_in_batch, lost):
-    """Raises `ValueError` where `Trainer` counts labels and then keeps them for its own loss on the logits alone."""
-    if labels is None and num_items_in_batch is not None:
-        raise ValueError(
-            f"The labels were taken away before forward, so that {lost} would be lost: leave out "
-            "label_smoothing_factor and compute_loss_func."
-        )
 
 
 def refuse_unknown_memory(module, kwargs):

@@ -22,7 +22,17 @@ from rxt_hf.hub import export, export_memory, load_memory, model_card
 
 from .reference_rxt import randomize
 
-CODE_NAMES = ("cache", "configuration", "episode", "fingerprint", "generation", "layers", "memory", "modeling")
+CODE_NAMES = (
+    "cache",
+    "configuration",
+    "episode",
+    "fingerprint",
+    "generation",
+    "layers",
+    "losses",
+    "memory",
+    "modeling",
+)
 CODE = {f"{name}_rxt.py" for name in CODE_NAMES}
 TEXTS = {"config.json", "generation_config.json", "README.md"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}

@@ -28,7 +28,7 @@ from ..data.readers import encode_turns
 from ..data.rows import split_messages
 from ..evaluation.rollout import GREEDY, play, texts
 from ..layers_rxt import upcast
-from ..modeling_rxt import load_balancing_losses
+from ..losses_rxt import load_balancing_losses
 from .loop import CountingTrainer
 
 LossType = Literal["dpo", "apo_zero", "apo_down"]

@@ -13,11 +13,10 @@ from ..cache_rxt import STMCache
 from ..configuration_rxt import RxTConfig
 from ..episode_rxt import by_turn, missing_turns, pad_turns
 from ..layers_rxt import upcast
+from ..losses_rxt import refuse_labels_taken_away, row_shares
 from ..modeling_rxt import (
     RxTCausalLMOutputWithPast,
     RxTForCausalLM,
-    refuse_labels_taken_away,
-    row_shares,
 )
 
 

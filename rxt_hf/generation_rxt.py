@@ -175,7 +175,11 @@ class RxTGenerationMixin(GenerationMixin):
             embeds = embeds.repeat_interleave(copies, dim=0)
         mask = answer_mask(written[:, start:], config, kwargs.get("stopping_criteria"))
         mask = torch.cat([prompt_mask.to(mask), mask], dim=1)
-        layer_inputs = self._layer_inputs(output, config, mask.shape) if in_passing else None
+        layer_inputs, fields = None, dict(output)
+        if in_passing:
+            layer_inputs = self._layer_inputs(output.hidden_states, mask.shape)
+            if not config.output_hidden_states:
+                del fields["hidden_states"]
         turn = (stm_cache, written, mask, embeds, layer_inputs)
         if update_memory == "async" and changes_beside_writes(self.model):
             logger.warning_once(
@@ -189,7 +193,7 @@ class RxTGenerationMixin(GenerationMixin):
         output_class = RxTGenerateOutput
         if isinstance(output, GenerateBeamDecoderOnlyOutput):
             output_class = RxTGenerateBeamOutput
-        return output_class(**output, stm_cache=stm_cache)
+        return output_class(**fields, stm_cache=stm_cache)
 
     def _way_to_write(self, config, update_memory, assistant_model):
         """Returns the `update_memory` that is carried out; refuses modes that would lose the memory or mix it up."""
@@ -262,15 +266,11 @@ class RxTGenerationMixin(GenerationMixin):
         is_plain = config.num_beams == 1 and config.cache_implementation in (None, "dynamic")
         return bool(update_memory) and is_plain and self.config.memory_encoding == "decoder_in_passing"
 
-    def _layer_inputs(self, output, config, shape):
+    def _layer_inputs(self, steps, shape):
         """
         Returns the inputs of each memory layer at all tokens of an interaction of `shape` except the last, taken from
-        the hidden states of each step; `None` if some are missing. The caller of `generate` sees hidden states only if
-        it asked for them.
+        the hidden states of each step; `None` if some are missing.
         """
-        steps = output.hidden_states
-        if not config.output_hidden_states:
-            output.hidden_states = None
         memory_layers = self.config.memory_layers
         memory_layers = range(self.config.num_hidden_layers) if memory_layers is None else memory_layers
         if any(step[layer] is None for step in steps for layer in memory_layers):

@@ -526,6 +526,8 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         """
         # CODEPATH: converted language models train without a gradient here, RxT presets with one
         has_gradient = torch.is_grad_enabled() and self.config.bptt_turns != 0
+        # the input of the first layer is the embedding itself
+        inputs_embeds = inputs_embeds if has_gradient else inputs_embeds.detach()
         with torch.set_grad_enabled(has_gradient):
             return self.writable(*self.encoded_states(inputs_embeds, attention_mask, memory_states))
 

@@ -119,19 +119,19 @@ def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
 
     import rxt_hf  # noqa: F401  (registers the model type)
 
+    from .loading import load_whole, refuse_adapter
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if args.seed is not None:
         set_seed(args.seed)
     device = _device(args.device)
     with _refused(f"Cannot load the model {folder!r}"):
+        refuse_adapter(folder)
         model_type = AutoConfig.from_pretrained(folder).model_type
         if model_type != "rxt":
             raise ValueError(f'it holds a model of type "{model_type}", not an RxT')
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=args.dtype, output_loading_info=True)
-        model, info = loaded
-        if info["missing_keys"]:
-            raise ValueError(f"its weights lack {sorted(info['missing_keys'])[0]}")
+        model = load_whole(AutoModelForCausalLM, folder, dtype=args.dtype)
         return model.to(device), AutoTokenizer.from_pretrained(folder)
 
 

@@ -181,11 +181,6 @@ class RxTGenerationMixin(GenerationMixin):
             if not config.output_hidden_states:
                 del fields["hidden_states"]
         turn = (stm_cache, written, mask, embeds, layer_inputs)
-        if update_memory == "async" and changes_beside_writes(self.model):
-            logger.warning_once(
-                'With adapters or offloaded weights, update_memory="async" writes at once, as True does.'
-            )
-            update_memory = True
         if update_memory == "async":
             stm_cache = self._write_turn_async(*turn)
         elif update_memory:

@@ -22,9 +22,11 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 
 from .configuration_rxt import RxTConfig
+
+logger = logging.get_logger(__name__)
 
 
 def upcast(tensor: torch.Tensor) -> torch.Tensor:
@@ -259,6 +261,15 @@ def positions_in_interaction(attention_mask, inputs_embeds, cache=None) -> torch
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
     start = 0 if cache is None else cache.get_seq_length()
     return (torch.arange(length, device=inputs_embeds.device) + start).unsqueeze(0)
+
+
+def warn_beyond_positions(config, tokens: int) -> None:
+    """Warns once of an interaction of more tokens than positions, as a forward of any model takes it."""
+    if tokens > config.max_position_embeddings and not torch.compiler.is_compiling():
+        logger.warning_once(
+            f"An interaction has {tokens} tokens, more than max_position_embeddings={config.max_position_embeddings}, "
+            "which the model was not made for: shorten it or split it into several turns."
+        )
 
 
 def check_mask_shape(attention_mask, inputs_embeds, cache) -> None:

@@ -59,6 +59,7 @@ from .layers_rxt import (
     positions_in_interaction,
     rotary_tables,
     upcast,
+    warn_beyond_positions,
 )
 from .losses_rxt import load_balancing_losses, refuse_labels_taken_away, row_shares
 from .memory_rxt import (
@@ -637,13 +638,14 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
             0 for the turns of an episode that are written into the memory and not decoded. `last_hidden_state` is then
             of shape `(turns read, tokens, hidden_size)`, in the order of rows and turns.
         """
-        refuse_unknown_memory(self, kwargs)
+        refuse_unknown_memory(f"{type(self).__name__}.forward", kwargs)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids)
         batch_size = inputs_embeds.shape[0]
         check_mask_shape(attention_mask, inputs_embeds, cache)
+        warn_beyond_positions(self.config, inputs_embeds.shape[-2])
 
         if inputs_embeds.dim() == 4:
             last_hidden_state, stm_cache = self.read_episode(
@@ -894,13 +896,14 @@ def nothing_recorded():
         _active_collector.reset(token)
 
 
-def refuse_unknown_memory(module, kwargs):
+def refuse_unknown_memory(where, kwargs):
     """Refuses misspelt names of the memory, which would lose a conversation; other unknown words are ignored."""
-    for name in kwargs:
-        if any(part in name.lower() for part in ("stm", "memory", "write", "read_")):
+    for name, value in kwargs.items():
+        is_memory = isinstance(value, STMCache) or type(value).__name__ == "STMCache"
+        if is_memory or any(part in name.lower() for part in ("stm", "smt", "mem", "write", "read_")):
             raise TypeError(
-                f"{type(module).__name__}.forward got an unexpected keyword argument {name!r}: the memory to read is "
-                "stm_cache, and the masks are memory_mask, write_mask and read_mask."
+                f"{where} got an unexpected keyword argument {name!r}: the memory to read is stm_cache, and the masks "
+                "of a forward are memory_mask, write_mask and read_mask."
             )
 
 
@@ -1002,6 +1005,7 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTCausalEpisodeMix
                 f"attention_mask of shape {tuple(attention_mask.shape)} does not fit an interaction of shape "
                 f"{tuple(embeds.shape[:2])}."
             )
+        warn_beyond_positions(self.config, embeds.shape[1])
         old = self.init_stm(embeds.shape[0]) if stm_cache is None else stm_cache
         old = as_stm_cache(old, batch_size=embeds.shape[0], config=self.config)
         if layer_inputs is None:
@@ -1110,7 +1114,7 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTCausalEpisodeMix
         tensor([1])
 
         ```"""
-        refuse_unknown_memory(self, kwargs)
+        refuse_unknown_memory(f"{type(self).__name__}.forward", kwargs)
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if output_router_logits is None:

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from .cache_rxt import PendingSTMCache, StateError, STMCache, as_stm_cache, check_fingerprint, write_atomically
 from .generation_rxt import answer_mask
-from .modeling_rxt import RxTForCausalLM
+from .modeling_rxt import RxTForCausalLM, refuse_unknown_memory
 
 logger = logging.get_logger(__name__)
 
@@ -98,6 +98,8 @@ class RxTSession:
         self.model: Any = model
         self.tokenizer = tokenizer
         self.generate_defaults = generate_defaults
+        known = {"update_memory", *vars(model.generation_config)}
+        refuse_unknown_memory("RxTSession", {name: generate_defaults[name] for name in {*generate_defaults} - known})
         self._lock = threading.Lock()
         # ids of the threads that have a turn here or wait for one
         self._threads: set[int] = set()
@@ -213,16 +215,19 @@ class RxTSession:
         path: str | os.PathLike,
         model: RxTForCausalLM,
         tokenizer: PreTrainedTokenizerFast,
+        *,
+        allow_other_weights: bool = False,
         **generate_defaults: Any,
     ) -> "RxTSession":
         """
         Loads the conversation that `save` wrote, with a bit-identical memory. Without its log the conversation still
         goes on, but its history starts empty, and `undo` and `forget` do not reach back before the load.
+        `allow_other_weights` takes a memory of other weights as one of `model`, as in [`STMCache.load`].
 
         Raises: [`StateError`] if the memory is damaged or another model's, or the log another tokenizer's;
         `FileNotFoundError` if there is no memory.
         """
-        memory = STMCache.load(path, model=model, device=model.device)
+        memory = STMCache.load(path, model, model.device, allow_other_weights=allow_other_weights)
         session = cls(model, tokenizer, stm_cache=memory, **generate_defaults)
         if (log := _read_log(_log_path(path), memory)) is not None:
             found, expected = log["tokenizer"], tokenizer_fingerprint(tokenizer)

@@ -310,11 +310,15 @@ def broken_model(folder, path, fault):
         (path / file.name).write_bytes(file.read_bytes())
     if fault == "not an RxT":
         (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    elif fault == "an adapter":
+        (path / "config.json").unlink()
+        (path / "adapter_config.json").write_text("{}")
     elif fault == "no weights":
         (path / "model.safetensors").unlink()
-    elif fault == "lacks a weight":
+    elif fault in WEIGHTS:
         weights = load_file(path / "model.safetensors")
-        del weights["model.norm.weight"]
+        norm = weights.pop("model.norm.weight")
+        weights |= WEIGHTS[fault](norm)
         save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     elif fault == "other layers":
         config = json.loads((path / "config.json").read_text())
@@ -323,10 +327,20 @@ def broken_model(folder, path, fault):
         (path / fault).write_bytes((path / fault).read_bytes()[:100])
 
 
+WEIGHTS = {
+    "lacks a weight": lambda norm: {},
+    "another shape": lambda norm: {"model.norm.weight": norm[1:].clone()},
+    "a weight too many": lambda norm: {"model.norm.weight": norm, "model.norm.bias": norm.clone()},
+    "not a number": lambda norm: {"model.norm.weight": norm.fill_(float("nan"))},
+}
 FAULTS = {
+    "another shape": "another shape than its configuration says for model.norm.weight",
+    "a weight too many": "no place in its configuration for model.norm.bias",
+    "not a number": "NaN or infinity in model.norm.weight",
+    "an adapter": "is a PEFT adapter, not a model",
     "not an RxT": 'type "llama", not an RxT',
     "no weights": "no file named model.safetensors",
-    "lacks a weight": "its weights lack model.norm.weight",
+    "lacks a weight": "lacks model.norm.weight",
     "other layers": "layer",
     "config.json": "not a valid JSON file",
     "model.safetensors": "header",
@@ -553,3 +567,11 @@ def test_chat_example_ends_with_the_line_that_it_promises(folder, monkeypatch, c
     assert last == "the saved memory goes on as the one in RAM: True"
     assert last in path.read_text()
     assert len(path.read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("fault", [*WEIGHTS, "an adapter"])
+def test_training_does_not_start_from_a_broken_model(rxt, folder, tmp_path, fault):
+    broken_model(folder, tmp_path, fault)
+    words = ("--model", tmp_path, "--data", "facts", "--output_dir", tmp_path / "out")
+    code, out, err = rxt("train", "memory_aware", *words)
+    assert (code, out) == (2, "") and FAULTS[fault] in err

@@ -322,7 +322,7 @@ def test_an_adapter_is_called_what_it_is(tmp_path):
         from_llm(adapted.base_model.model)
     adapted.save_pretrained(tmp_path)
     for convert in (from_llm, from_rxlm):
-        with pytest.raises(ValueError, match=r"is a PEFT adapter, not a model: merge it .* or convert its base"):
+        with pytest.raises(ValueError, match=r"is a PEFT adapter, not a model: merge it .* or give its base"):
             convert(tmp_path)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers.modeling_flash_attention_utils as flash
 from transformers import DynamicCache, EncoderDecoderCache
+from transformers.utils import logging
 
 from rxt_hf import RxTForCausalLM, StateError, STMCache
 from rxt_hf.fingerprint_rxt import fingerprints_match
@@ -556,6 +557,19 @@ def test_flex_equals_eager(model, mask):
     assert_equal_to_eager(copy.deepcopy(model), "flex_attention", mask)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels of a CPU were wrong at these shapes")
+def test_flex_equals_eager_at_shapes_that_were_wrong():
+    """Heads of 16 and 40 slots, with numbers of tokens that are no power of two and one that is."""
+    model = tiny_model(num_memory_slots=40, head_dim=16, max_position_embeddings=64)
+    for tokens in (3, 8, 16, 20):
+        ids = random_ids(1, tokens, seed=tokens)
+        model.set_attn_implementation("eager")
+        expected = model(ids).logits
+        model.set_attn_implementation("flex_attention")
+        close(model(ids).logits, expected)
+
+
 def test_implementation_is_chosen_by_the_usual_call(model, memory):
     chosen = copy.deepcopy(model)
     chosen.set_attn_implementation("eager")
@@ -658,13 +672,32 @@ def test_memory_mask_without_a_tensor_to_mask_is_refused(model, memory, given):
         model(IDS, stm_cache=given and memory, memory_mask=torch.ones(2, 5))
 
 
-@pytest.mark.parametrize("name", ["memory", "stm_cach", "stm", "STM_cache", "memory_states", "write_masks"])
+@pytest.mark.parametrize(
+    "name", ["memory", "stm_cach", "stm", "STM_cache", "memory_states", "write_masks", "smt_cache", "mem", "state"]
+)
 @pytest.mark.parametrize("part", ["head", "decoder", "episode"])
 def test_misspelt_memory_is_refused(model, memory, name, part):
     module = model.model if part == "decoder" else model
     ids = IDS.unsqueeze(1) if part == "episode" else IDS
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}': the memory to read is stm_cache"):
         module(ids, **{name: memory})
+
+
+@pytest.mark.parametrize("part", ["turn", "episode", "write"])
+def test_more_tokens_than_positions_are_warned_of(model, part, caplog):
+    limit = model.config.max_position_embeddings
+    logger = logging.get_logger("rxt_hf")
+    logger.addHandler(caplog.handler)
+    for tokens in (limit, limit + 1):
+        assert f"An interaction has {tokens - 1} tokens" not in caplog.text
+        ids = random_ids(1, tokens, seed=tokens + len(part))
+        logger.warning_once.cache_clear()
+        if part == "write":
+            model.update_memory(None, ids)
+        else:
+            model(ids if part == "turn" else ids[:, None])
+    logger.removeHandler(caplog.handler)
+    assert f"An interaction has {limit + 1} tokens, more than max_position_embeddings={limit}" in caplog.text
 
 
 def test_masks_of_an_episode_and_of_one_turn_are_not_taken_for_each_other(model, memory):

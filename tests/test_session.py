@@ -454,6 +454,26 @@ def test_memory_of_another_model_or_tokenizer_is_refused(tmp_path, model, tokeni
         RxTSession.load(path, model, tokenizer)
 
 
+def test_load_takes_the_memory_of_other_weights_on_demand(session, tokenizer, tmp_path):
+    session.send("hello")
+    session.save(tmp_path / "memory")
+    other = random_model(tokenizer, seed=1)
+    loaded = RxTSession.load(tmp_path / "memory", other, tokenizer, allow_other_weights=True, max_new_tokens=6)
+    assert torch.equal(loaded.stm_cache.states, session.stm_cache.states)
+    assert loaded.history == session.history
+    assert loaded.stm_cache.fingerprint == other.memory_fingerprint()
+    loaded.send("hi")
+    loaded.undo()
+    assert loaded.turns == 1
+
+
+@pytest.mark.parametrize("name", ["memory", "stm", "state", "write_memory"])
+def test_misspelt_memory_is_refused_before_the_first_turn(model, tokenizer, name):
+    with pytest.raises(TypeError, match=f"RxTSession got an unexpected keyword argument '{name}'"):
+        RxTSession(model, tokenizer, **{name: model.init_stm(1)})
+    RxTSession(model, tokenizer, update_memory=False, low_memory=True)
+
+
 def test_tokenizer_fingerprint_survives_a_save_and_padded_calls(tmp_path, tokenizer):
     expected = tokenizer_fingerprint(tokenizer)
     tokenizer.save_pretrained(tmp_path)

@@ -128,6 +128,11 @@ ROWS = {
         {"system": "a", "messages": [{"role": "system", "content": "b"}, ASSISTANT]},
         "system stands",
     ),
+    "tools": (chat(ASSISTANT) | {"tools": [{"type": "function"}]}, "tools is not read: describe it"),
+    "images": ({"conversations": [USER, ASSISTANT], "images": ["a.png"]}, "images is not read"),
+    "a history beside a chat": (chat(ASSISTANT) | {"history": [["a", "b"]]}, "history stands beside turns"),
+    "a prompt beside turns": ({"interactions": [GOOD], "system": "Be kind."}, "system stands beside turns"),
+    "a weight between beside a chat": (chat(ASSISTANT) | {"weight": 0.5}, "weight is 0.5, expected 0"),
 }
 
 
@@ -240,6 +245,7 @@ READ = {
     "history": (GOOD | {"history": [["Hi!", "Hello."]]}, [*PLAIN, GOOD]),
     "weight of a message": (chat(ASSISTANT | {"weight": 1}, USER, ASSISTANT | {"weight": 0}), UNLEARNED),
     "train of a message": (chat(ASSISTANT, USER | {"weight": 0}, ASSISTANT | {"train": False}), UNLEARNED),
+    "a prompt beside null": ({"interactions": None, "system": "Be kind.", **GOOD}, [PROMPT, GOOD]),
     "train of a turn": ({"interactions": [{**PLAIN[0], "train": True}, {**PLAIN[0], "train": False}]}, UNLEARNED),
     "weight of a turn": ({"interactions": [*PLAIN, {**PLAIN[0], "weight": 0.0}]}, UNLEARNED),
     "an unanswered turn": ({"interactions": [*PLAIN, {"query": "Hi!", "answer": None}]}, None),
@@ -288,6 +294,13 @@ def test_whatever_stands_in_a_row_it_is_read_or_refused_where_it_is_read(demo):
                 else:
                     Episodes(demo[1], episodes)
     assert refused > 1000
+
+
+@pytest.mark.parametrize("row", [chat(ASSISTANT), {"conversations": SPOKEN}, {"interactions": PLAIN}])
+@pytest.mark.parametrize("beside", [{"weight": 0}, {"train": False}], ids=["weight", "train"])
+def test_nothing_of_a_row_is_learned_that_says_so_beside_its_turns(row, beside):
+    (episode,) = read_episodes([row | beside | {"tools": [], "history": []}])
+    assert episode["interactions"] == UNLEARNED[1:]
 
 
 def test_a_probe_has_answers_if_it_has_an_answer_and_the_other_way_round():
@@ -416,3 +429,15 @@ def test_an_interaction_that_is_too_long_is_named_with_its_line(demo, tmp_path):
         Episodes(demo[1], read_episodes(path))
     with pytest.raises(ValueError, match=r"Dialogue 0: .* has 50.. tokens"):
         Episodes(demo[1], [{"interactions": [GOOD | {"answer": "7" * 5000}]}])
+
+
+@pytest.mark.parametrize("token", [2048, 10**30], ids=["beyond", "huge"])
+@pytest.mark.parametrize("stage", ["memory_aware", "preference"])
+def test_token_ids_that_the_model_does_not_have_are_refused(demo, tmp_path, stage, token):
+    assert demo[0].config.vocab_size == 2048
+    turn = {"query": [11], "answer": [token], "rejected": [12]}
+    path = tmp_path / "ids.jsonl"
+    path.write_text(json.dumps({"interactions": [turn, turn]}) + "\n")
+    with pytest.raises(ValueError, match=f"token id {token} is outside of the model's vocabulary of 2048") as refused:
+        training.features_of(stage, [str(path)], "train", training.RunArguments(), *demo)
+    assert stage == "preference" or str(refused.value).startswith(f"{path}, line 1: ")

@@ -3,10 +3,8 @@
 
 import contextlib
 import copy
-import json
 import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,10 +18,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import find_adapter_config_file, logging
+from transformers.utils import logging
 
 from ..chat_template import CONTROL_TOKENS, add_control_tokens, source_pieces
 from ..configuration_rxt import RxTConfig
+from ..loading import load_whole, refuse_adapter, refuse_broken, some
 from ..modeling_rxt import RxTForCausalLM
 from .salience import start_salience
 from .template import source_tokenizer
@@ -302,17 +301,6 @@ def adapter_config(
     return LoraConfig(**(fields | lora_fields))
 
 
-def refuse_adapter(source: str | os.PathLike) -> None:
-    """Raises `ValueError` for a folder that PEFT saved, which holds a change of weights and no model."""
-    file = find_adapter_config_file(str(source))
-    if file is not None:
-        base = json.loads(Path(file).read_text(encoding="utf-8")).get("base_model_name_or_path")
-        raise ValueError(
-            f"{source} is a PEFT adapter, not a model: merge it into its base with merge_and_unload() and convert "
-            f"the result, or convert its base{f' {base}' if base else ''}."
-        )
-
-
 def _loaded(source: str | os.PathLike) -> PreTrainedModel:
     """Loads the model of a name or folder; raises `ValueError` if the files lack a tensor, or for other families."""
     refuse_adapter(source)
@@ -324,22 +312,7 @@ def _loaded(source: str | os.PathLike) -> PreTrainedModel:
         except ValueError as error:
             raise ValueError(_INVALID_GENERATION.format(source, " ".join(str(error).split()))) from error
         _writable(generation_config, source, warn=False)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    model, info = loaded
-    problems = {
-        "lacks": sorted(info["missing_keys"]),
-        "has no place in its configuration for": sorted(info["unexpected_keys"]),
-        "has another shape than its configuration says for": [
-            f"{name} {list(found)} in place of {list(expected)}"
-            for name, found, expected in sorted(info["mismatched_keys"])
-        ],
-        "failed to load:": info["error_msgs"],
-    }
-    if found := [f"{problem} {_some(names)}" for problem, names in problems.items() if names]:
-        raise ValueError(f"The checkpoint {source} {' and '.join(found)}.")
-    return model
+    return load_whole(AutoModelForCausalLM, source, dtype="auto")
 
 
 def _writable(config: GenerationConfig, source: object, *, warn: bool = True) -> GenerationConfig:
@@ -421,13 +394,8 @@ def _check_model(source: PreTrainedModel) -> None:
         raise ValueError(f"from_llm needs weights of one floating-point type, not quantized ones, got {dtypes}.")
     if any(parameter.is_meta for parameter in source.parameters()):
         raise ValueError("from_llm needs weights in memory: some are offloaded or on the meta device.")
-    if broken := [name for name, tensor in source.state_dict().items() if not torch.isfinite(tensor).all()]:
-        raise ValueError(f"The source holds NaN or infinity in {_some(broken)}.")
+    refuse_broken(source, "The source")
     _check_modules(source)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _check_modules(source: PreTrainedModel) -> None:
@@ -458,7 +426,7 @@ def _check_modules(source: PreTrainedModel) -> None:
     if not torch.allclose(frequencies, rotation.original_inv_freq, rtol=1e-3):
         differences.append("model.rotary_emb has other frequencies")
     if differences:
-        raise ValueError(f"The source is not what its configuration says: {_some(differences)}.")
+        raise ValueError(f"The source is not what its configuration says: {some(differences)}.")
 
 
 def _is_open(name: str) -> bool:

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..configuration_rxt import RxTConfig
+from ..loading import refuse_adapter
 from ..modeling_rxt import RxTForCausalLM
-from .llm import refuse_adapter
 
 logger = logging.get_logger(__name__)
 

@@ -159,6 +159,7 @@ class Episodes(Dataset):
         max_turns (`int`, *optional*): longer episodes are cut to their first `max_turns` interactions.
         max_tokens (`int`, *optional*): an episode ends before its first interaction of more tokens. Without it,
             interactions longer than `tokenizer.model_max_length` raise.
+        vocab_size (`int`, *optional*): size of the model's vocabulary; token ids outside of it raise.
 
     Attributes:
         dialogues (`list`): the source of each item, cut as the item is.
@@ -176,6 +177,7 @@ class Episodes(Dataset):
         *,
         max_turns: int | None = None,
         max_tokens: int | None = None,
+        vocab_size: int | None = None,
     ):
         for name, value in (("max_turns", max_turns), ("max_tokens", max_tokens)):
             if value is not None and value < 1:
@@ -190,7 +192,7 @@ class Episodes(Dataset):
         left_out = 0
         for number, dialogue in enumerate(dialogues):
             try:
-                rows = encode_turns(tokenizer, dialogue["interactions"][:max_turns])
+                rows = encode_turns(tokenizer, dialogue["interactions"][:max_turns], vocab_size)
             except ValueError as error:
                 raise ValueError(f"{getattr(dialogue, 'place', f'Dialogue {number}')}: {error}") from error
             too_long = (turn for turn, (ids, _) in enumerate(rows) if max_tokens is not None and len(ids) > max_tokens)
@@ -235,10 +237,15 @@ def said(turn: Mapping[str, Any]) -> list[str]:
 
 
 def encode_turns(
-    tokenizer: PreTrainedTokenizerFast | None, turns: Sequence[Mapping[str, Any]]
+    tokenizer: PreTrainedTokenizerFast | None, turns: Sequence[Mapping[str, Any]], vocab_size: int | None = None
 ) -> list[tuple[list[int], list[int]]]:
-    """Encodes all turns in one call and returns ids and labels of each, all -100 where `train` is False."""
+    """
+    Encodes all turns in one call and returns ids and labels of each, all -100 where `train` is False; raises
+    `ValueError` for token ids that a model with `vocab_size` does not have.
+    """
     rows = _encode_all(tokenizer, turns)
+    if vocab_size is not None and (beyond := [token for ids, _ in rows for token in ids if token >= vocab_size]):
+        raise ValueError(f"The token id {beyond[0]} is outside of the model's vocabulary of {vocab_size} tokens.")
     return [
         (ids, [-100] * len(ids)) if turn.get("train") is False else (ids, labels)
         for turn, (ids, labels) in zip(turns, rows, strict=True)

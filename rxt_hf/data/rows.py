@@ -20,6 +20,8 @@ COLUMNS = {"interactions", "messages", "conversations", "query", "answer", "inst
 COLUMNS |= {"system", "history", "probes"}
 FIELDS = {"query", "answer", "answers", "instruction", "role", "thinking", "tool_calls", "recall", "rejected"}
 FIELDS |= {"train", "weight"}
+# what an interaction has no place for: left out, the answers would be learned without what they speak of
+NO_PLACE = ("tools", "functions", "documents", "images", "videos", "audios")
 LAYOUTS = "interactions, messages, conversations, query and answer, or instruction and output"
 
 
@@ -34,14 +36,17 @@ def to_episode(row: Any) -> dict[str, Any] | None:
         instruction, (input,) output     one interaction, whose query is the lines of both
 
     All but the first take `system`, a system prompt; the last two take `history`, pairs of earlier queries and
-    answers.
+    answers. With `weight` 0, or `train` false, beside the turns of a chat none of them is learned.
 
     Returns: None for a chat in which nothing is answered.
     Raises: `ValueError` for any other row, with the name of the field.
     """
     given = _object(row, "a row")
     columns = _without_null(given, COLUMNS)
-    if "interactions" in columns:
+    if found := [name for name in NO_PLACE if given.get(name) not in (None, "", "[]", [], {})]:
+        raise ValueError(f"{found[0]} is not read: describe it in a system message, or leave the column out.")
+    is_split = "interactions" in columns
+    if is_split:
         interactions = _interactions(columns.pop("interactions"))
     elif "messages" in columns:
         interactions = split_messages(columns.pop("messages"))
@@ -54,15 +59,21 @@ def to_episode(row: Any) -> dict[str, Any] | None:
     elif {"instruction", "output"} <= set(columns):
         said = [checked_text(columns.pop(name), name) for name in ("instruction", "input") if name in columns]
         turn = dict[str, Any](query="\n".join(filter(None, said)), answer=_answer(columns.pop("output"), "output"))
-        turn |= {} if _is_learned(columns, "") else {"train": False}
+        beside = {name: columns.pop(name) for name in ("train", "weight") if name in columns}
+        turn |= {} if _is_learned(beside, "") else {"train": False}
         interactions = [*_history(columns.pop("history", [])), turn]
     else:
         raise ValueError(f"expected {LAYOUTS}; got the columns {sorted(map(str, columns))}.")
-    if "interactions" not in given and (system := checked_text(columns.pop("system", ""), "system")):
+    for name in ("history", "system")[: 1 + is_split]:
+        if columns.get(name):
+            raise ValueError(f"{name} stands beside turns, among which it belongs: leave the column out.")
+    if not _is_learned(columns, ""):
+        interactions = [turn | {"train": False} for turn in interactions]
+    if not is_split and (system := checked_text(columns.pop("system", ""), "system")):
         if interactions and interactions[0]["query"] is None:
             raise ValueError("system stands beside a system message: give one of them.")
         interactions.insert(0, {"query": None, "answer": None, "instruction": system})
-    if "interactions" not in given and all(turn["answer"] is None for turn in interactions):
+    if not is_split and all(turn["answer"] is None for turn in interactions):
         return None
     _check_kind(interactions)
     if "probes" in columns:

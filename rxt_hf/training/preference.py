@@ -69,7 +69,9 @@ def answer_log_probs(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
 
 
 def encode_preferences(
-    tokenizer: PreTrainedTokenizerFast | None, interactions: Sequence[Mapping[str, Any]]
+    tokenizer: PreTrainedTokenizerFast | None,
+    interactions: Sequence[Mapping[str, Any]],
+    vocab_size: int | None = None,
 ) -> dict[str, list]:
     """
     A dialogue as [`RxTEpisodeCollator`] takes it: `input_ids` and `labels` of each turn, a rejected answer being a
@@ -78,6 +80,7 @@ def encode_preferences(
     Args:
         interactions (`Sequence[Mapping]`): `query`, `answer`, and in turns with a preference `rejected`, a text or
             token ids as `answer` is; see [`rxt_hf.data.readers`] for what else an interaction may have.
+        vocab_size (`int`, *optional*): size of the model's vocabulary; token ids outside of it raise.
     """
     turns, is_written, is_scored = [], [], []
     for turn in interactions:
@@ -88,7 +91,7 @@ def encode_preferences(
         turns.append(turn)
         is_written += [0, 1] if has_pair else [1]
         is_scored += [has_pair] * (1 + has_pair)
-    encoded = encode_turns(tokenizer, turns)
+    encoded = encode_turns(tokenizer, turns, vocab_size)
     labels = [row if scored else [-100] * len(row) for (_, row), scored in zip(encoded, is_scored, strict=True)]
     return {"input_ids": [ids for ids, _ in encoded], "labels": labels, "write_mask": is_written}
 

@@ -60,6 +60,7 @@ from ..data.rows import checked_text, to_episode
 from ..evaluation.memory import sampled
 from ..evaluation.recall import FIRST_TEST_SEED
 from ..hub import export, model_card
+from ..loading import load_whole, refuse_adapter
 from ..modeling_rxt import RxTForCausalLM
 from ..presets import PRESETS
 from .preference import (
@@ -246,6 +247,8 @@ def check(stage: str, options: RunArguments, args: TrainingArguments) -> None:
             raise ValueError(f"{'LoRA' if options.lora_rank else stage} needs a model to start from: give model.")
     elif Path(options.model).exists() and Path(options.model).resolve() == Path(str(args.output_dir)).resolve():
         raise ValueError(f"model and output_dir are both {options.model}: name another folder for the result.")
+    else:
+        refuse_adapter(options.model)
     if options.unfreeze and (options.lora_rank or args.max_steps < 1):
         raise ValueError("unfreeze needs max_steps, and no lora_rank.")
     if stage == "memory_aware" and options.turns < 2:
@@ -338,11 +341,13 @@ def features_of(
         found, needs = list(pack_texts(tokenizer, texts, tokens)), "no text"
     elif stage == PREFERENCE:
         pairs = (preferences_of(source, split, options, model, tokenizer) for source in sources)
-        found = [encode_preferences(tokenizer, turns) for turns in chain.from_iterable(pairs)]
+        vocab_size = model.config.vocab_size
+        found = [encode_preferences(tokenizer, turns, vocab_size) for turns in chain.from_iterable(pairs)]
         needs = "no rejected answer" if sources != [FACTS] else "nothing that the model answers wrongly"
     else:
         dialogues = chain.from_iterable(dialogues_of(source, split, options) for source in sources)
-        episodes = Episodes(tokenizer, dialogues, max_turns=options.turns, max_tokens=tokens)
+        limits: dict[str, int] = {"max_tokens": tokens, "vocab_size": model.config.vocab_size}
+        episodes = Episodes(tokenizer, dialogues, max_turns=options.turns, **limits)
         found: list[dict[str, Any]] = [episodes[index] for index in range(len(episodes))]
         if stage == "finetuning":
             found = [turn for episode in found for turn in _single_turns(episode)]
@@ -408,12 +413,8 @@ def load_model(stage: str, options: RunArguments, start: str | None, tokenizer: 
         model_type = PreTrainedConfig.get_config_dict(start)[0].get("model_type")
         if model_type != "rxt":
             raise ValueError(f"{start} holds a model of type {model_type!r}: make an RxT of it first (rxt convert).")
-        loaded: Any = model_class.from_pretrained(
-            start, dtype=torch.float32, output_loading_info=True, **options.config_fields
-        )
-        model, info = loaded
-        if info["missing_keys"] or info["mismatched_keys"]:
-            raise ValueError(f"The weights of {start} do not fit its configuration with override={options.override}.")
+        fields = options.config_fields
+        model = load_whole(model_class, start, may_drop=bool(fields), dtype=torch.float32, **fields)
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {model.config.vocab_size}."

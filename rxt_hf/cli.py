@@ -260,6 +260,7 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory-layers", type=_layers, metavar="0,2,4", help="decoder layers that read the memory (default: all)"
     )
+    parser.add_argument("--salience", metavar="DATA", help="dialogues (split train, or a file) to learn what to keep")
 
 
 def _layers(text: str) -> list[int]:
@@ -281,11 +282,24 @@ def _convert(args: argparse.Namespace) -> int:
     if tokenizer is not None:
         limit = model.config.max_position_embeddings
         tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+    found = None if args.salience is None else _fitted(model, tokenizer, args.salience)
     base_model = source if source == args.model and not Path(source).is_dir() else Path(source).resolve().name
     export(model, folder, tokenizer, card=model_card(model, folder.name, base_model=base_model, **facts))
     memory = f"{model.config.num_memory_layers} layers of {model.config.num_memory_slots} slots"
     print(f"{folder}: memory of {memory}{'' if tokenizer else '; no tokenizer was found that fits'}")
+    if found is not None:
+        print(f"salience: {found['held']:.0%} of the words that are recalled were held when they were asked for")
     return 0
+
+
+def _fitted(model: Any, tokenizer: Any, data: str) -> dict[str, Any]:
+    """The report of [`fit_salience`] on some hundred of these dialogues."""
+    from .convert import fit_salience
+    from .data.readers import Episodes
+    from .evaluation.memory import sampled
+
+    dialogues = sampled(str(Path(data).expanduser()), "train", 400)
+    return fit_salience(model, Episodes(tokenizer, dialogues, max_tokens=tokenizer.model_max_length))
 
 
 def _converted(source: str, args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
@@ -300,8 +314,10 @@ def _converted(source: str, args: argparse.Namespace) -> tuple[Any, Any, dict[st
         slots = {} if args.slots is None else {"num_memory_slots": args.slots}
         model = from_llm(source, tokenizer=tokenizer, memory_layers=args.memory_layers, **slots)
         return model, tokenizer, {"licence_notice": "That of the base model holds."}
-    if args.slots is not None or args.memory_layers is not None:
-        raise ValueError("a checkpoint of RxT's authors has its own memory: leave out --slots and --memory-layers.")
+    if any(option is not None for option in (args.slots, args.memory_layers, args.salience)):
+        raise ValueError(
+            "a checkpoint of RxT's authors has its own memory: leave out --slots, --memory-layers and --salience."
+        )
     model = from_rxlm(source)
     tokenizer = convert_tokenizer(source, template="control") if (Path(source) / "tokenizer.json").is_file() else None
     if tokenizer is not None and len(tokenizer) > model.config.vocab_size:

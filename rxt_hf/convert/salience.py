@@ -1,7 +1,6 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """What a memory that is written by choosing keeps: a start without data, and a fit to dialogues in seconds."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ..data.readers import Episodes
+from ..data.readers import Episodes, recall_masks
 from ..memory_rxt import RxTMemorySelection
 from ..modeling_rxt import RxTForCausalLM
 
@@ -50,8 +49,8 @@ def fit_salience(
     kept will be recalled by a later answer. The candidates are those that the memory of the round before leaves and
     meets, over up to `topics` dialogues in a row, so that age counts for what it is worth.
 
-    Recalled are the words that `episodes` marks (`recall`); where nothing is marked, the tokens of an answer that an
-    earlier turn of the dialogue has, its own query has not, and fewer than a twentieth of the dialogues have.
+    Recalled is what [`~data.readers.recall_masks`] says: the words that `episodes` marks (`recall`), or where a
+    dialogue marks none, rare words of an answer that only earlier turns tell.
 
     Args:
         model ([`RxTForCausalLM`]): one with `memory_writing="selection"`; its `memory_selection` is changed.
@@ -77,23 +76,12 @@ def fit_salience(
 
 def _recalls(episodes: Episodes) -> Iterator[list[tuple[list[int], list[int]]]]:
     """For each dialogue its turns: the ids, and those ids among its answer's that only earlier turns tell."""
-    spread = Counter(
-        token
-        for item in map(episodes.__getitem__, range(len(episodes)))
-        for token in {token for ids in item["input_ids"] for token in ids}
-    )
-    rare = {token for token, count in spread.items() if count < max(len(episodes) / 20, 2)}
-    for index, marked in enumerate(episodes.recall_labels):
-        item, dialogue, earlier = episodes[index], [], set()
-        for turn, (ids, labels) in enumerate(zip(item["input_ids"], item["labels"], strict=True)):
-            if marked is not None:
-                recalled = [token for token in marked[turn] if token != -100]
-            else:
-                query = {token for token, label in zip(ids, labels, strict=True) if label == -100}
-                recalled = [token for token in labels if token in rare and token in earlier and token not in query]
-            dialogue.append((ids, recalled))
-            earlier.update(ids)
-        yield dialogue
+    for index, masks in enumerate(recall_masks(episodes)):
+        item = episodes[index]
+        yield [
+            (ids, [token for token, is_recalled in zip(ids, mask, strict=True) if is_recalled])
+            for ids, mask in zip(item["input_ids"], masks, strict=True)
+        ]
 
 
 def _fit(model: RxTForCausalLM, dialogues: list, topics: int, rng: Random) -> dict:

@@ -17,6 +17,7 @@ written into the memory, and nothing is learned from it. An episode is a mapping
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -228,6 +229,29 @@ class Episodes(Dataset):
     @property
     def sizes(self) -> list[tuple[int, int]]:
         return [(len(item["input_ids"]), max(map(len, item["input_ids"]))) for item in self._features]
+
+
+def recall_masks(episodes: Episodes) -> list[list[list[bool]]]:
+    r"""
+    For each token of each turn of each episode whether it is recalled: a label that only earlier turns of its dialogue
+    tell. Where a dialogue marks its recalled words (`recall`) it is those; elsewhere the tokens of an answer that an
+    earlier turn has, its own query has not, and fewer than a twentieth of the dialogues have.
+    """
+    items = [episodes[index] for index in range(len(episodes))]
+    spread = Counter(token for item in items for token in {token for ids in item["input_ids"] for token in ids})
+    rare = {token for token, count in spread.items() if count < max(len(episodes) / 20, 2)}
+    masks = []
+    for item, marked in zip(items, episodes.recall_labels, strict=True):
+        rows, earlier = [], set()
+        for turn, (ids, labels) in enumerate(zip(item["input_ids"], item["labels"], strict=True)):
+            if marked is not None:
+                rows.append([token != -100 for token in marked[turn]])
+            else:
+                query = {token for token, label in zip(ids, labels, strict=True) if label == -100}
+                rows.append([token in rare and token in earlier and token not in query for token in labels])
+            earlier.update(ids)
+        masks.append(rows)
+    return masks
 
 
 def said(turn: Mapping[str, Any]) -> list[str]:

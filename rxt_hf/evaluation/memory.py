@@ -90,11 +90,16 @@ def sampled(folder: str, split: str, number: int | None, *, skip_bad_rows: bool 
     return dialogues if number is None else Random(0).sample(dialogues, min(number, len(dialogues)))
 
 
-def fact_dialogues(number: int, num_turns: int) -> list[dict[str, Any]]:
-    """Returns the test dialogues that [`recall`] plays, with the values that are asked for marked as recalled."""
+def fact_dialogues(
+    number: int, num_turns: int, *, first_seed: int = FIRST_TEST_SEED, split: str = "seen"
+) -> list[dict[str, Any]]:
+    """
+    Returns dialogues of `rxt_hf.data.facts`, by default the test dialogues that [`recall`] plays, with the values that
+    are asked for marked as recalled.
+    """
     dialogues = []
-    for seed in range(FIRST_TEST_SEED, FIRST_TEST_SEED + number):
-        turns = generate_dialogue(seed, split="seen", num_turns=num_turns)["interactions"]
+    for seed in range(first_seed, first_seed + number):
+        turns = generate_dialogue(seed, split=split, num_turns=num_turns)["interactions"]
         dialogues.append({"interactions": [{**turn, "recall": _recalled_value(turn)} for turn in turns]})
     return dialogues
 

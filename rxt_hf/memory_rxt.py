@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_rxt import RxTConfig
 from .layers_rxt import RxTAttention, RxTMLP, RxTRMSNorm, upcast
@@ -278,14 +279,18 @@ class RxTMemorySelection(nn.Module):
         """
         normed = F.rms_norm(upcast(states), states.shape[-1:], eps=1e-6)
         later = is_candidate.flip(-1).cumsum(-1).flip(-1) - is_candidate.long()
-        same = (normed @ normed.transpose(1, 2)) > 0.999 * states.shape[-1]
+        # a choice must not hang on the rounding of a lower precision
+        with maybe_autocast(device_type=states.device.type, enabled=False):
+            same = (normed @ normed.transpose(1, 2)) > 0.999 * states.shape[-1]
         return normed, later, (same & is_candidate[:, None]).triu(diagonal=1).any(dim=-1)
 
     def salience(self, states: torch.Tensor, is_candidate: torch.Tensor) -> torch.Tensor:
         """Returns the salience of each candidate, (batch_size, candidates), in at least float32; -inf at gaps."""
         normed, later, is_repeated = self.features(states, is_candidate)
         weight, age_penalty, repeat_penalty = map(upcast, (self.weight, self.age_penalty, self.repeat_penalty))
-        scores = normed @ weight - age_penalty * later - repeat_penalty * is_repeated
+        # as above
+        with maybe_autocast(device_type=states.device.type, enabled=False):
+            scores = normed @ weight - age_penalty * later - repeat_penalty * is_repeated
         return scores.masked_fill(~is_candidate, -torch.inf)
 
     def forward(self, states: torch.Tensor, encoded: list[torch.Tensor], attention_mask: torch.Tensor) -> torch.Tensor:

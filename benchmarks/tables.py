@@ -327,20 +327,6 @@ def options_table(report: Mapping[str, Any]) -> str:
     return markdown_table(["option", *OPTION_FIGURES], *rows)
 
 
-def upcycling(report: Mapping[str, Any]) -> str:
-    titles = {
-        "source_query_only": "the language model, query alone",
-        "own": "with its own memory",
-        "cleared": "with its memory cleared",
-        "shuffled": "with another dialogue's memory",
-        "source_full_history": "the language model, whole history",
-    }
-    rows = [[title, show(report["nats"]["sgd"][arm]["all"][0], 2)] for arm, title in titles.items()]
-    trained = f"{report['steps']:,} steps, {report['cpu_seconds']:,.0f} CPU s"
-    head = [f"SmolLM2-135M-Instruct as an RxT after {trained}", "nats per recalled token"]
-    return markdown_table(head, *rows)
-
-
 def summary() -> str:
     demo, cost, real = load("fact_recall"), load("turn_cost_100m"), load("dialogues_facts_first")
     right = {arm: by_turns(demo[arm]["recall"], "recall") for arm in ("rxt", "cleared_memory", *DEMO_ARMS)}
@@ -483,7 +469,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "dialogues-facts-first": lambda: both_sources(dialogues_table, load("dialogues_facts_first")),
     "dialogues-by-turn": lambda: both_sources(dialogues_by_turn, load("dialogues_facts_first")),
     "options": lambda: options_table(load("options")),
-    "upcycling": lambda: upcycling(load("upcycle_smollm2")),
 }
 FIGURES: dict[str, Callable[[], str]] = {
     "docs/images/cost_by_turn.svg": lambda: cost_figure(load("turn_cost_100m")),

@@ -274,6 +274,9 @@ def _convert(args: argparse.Namespace) -> int:
     source, folder = _folder(args.model), _target(args.folder)
     from transformers.utils import logging
 
+    from .convert import fit_salience
+    from .data.readers import Episodes
+    from .evaluation.memory import sampled
     from .hub import export, model_card
 
     logging.disable_progress_bar()
@@ -282,24 +285,16 @@ def _convert(args: argparse.Namespace) -> int:
     if tokenizer is not None:
         limit = model.config.max_position_embeddings
         tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
-    found = None if args.salience is None else _fitted(model, tokenizer, args.salience)
+    if args.salience is not None:
+        dialogues = sampled(str(Path(args.salience).expanduser()), "train", 400)
+        found = fit_salience(model, Episodes(tokenizer, dialogues, max_tokens=tokenizer.model_max_length))
     base_model = source if source == args.model and not Path(source).is_dir() else Path(source).resolve().name
     export(model, folder, tokenizer, card=model_card(model, folder.name, base_model=base_model, **facts))
     memory = f"{model.config.num_memory_layers} layers of {model.config.num_memory_slots} slots"
     print(f"{folder}: memory of {memory}{'' if tokenizer else '; no tokenizer was found that fits'}")
-    if found is not None:
+    if args.salience is not None:
         print(f"salience: {found['held']:.0%} of the words that are recalled were held when they were asked for")
     return 0
-
-
-def _fitted(model: Any, tokenizer: Any, data: str) -> dict[str, Any]:
-    """The report of [`fit_salience`] on some hundred of these dialogues."""
-    from .convert import fit_salience
-    from .data.readers import Episodes
-    from .evaluation.memory import sampled
-
-    dialogues = sampled(str(Path(data).expanduser()), "train", 400)
-    return fit_salience(model, Episodes(tokenizer, dialogues, max_tokens=tokenizer.model_max_length))
 
 
 def _converted(source: str, args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:

@@ -43,7 +43,7 @@ BELOW: dict[str, set[str]] = {
     "graphs": {"modeling_rxt"},
     "hub": {"chat_template", "modeling_rxt"},
     "convert": {"chat_template", "data", "loading", "modeling_rxt"},
-    # rewards are measures, an upcycled model is converted first, and a run writes its model's card
+    # rewards are measures, LoRA is that of converted models, and a run writes its model's card
     "training": {"convert", "evaluation", "hub"},
     "evaluation": {"data", "presets", "session"},
     "serving": {"data", "session"},

@@ -9,7 +9,6 @@ import pytest
 import torch
 from jinja2 import TemplateError
 from tokenizers import AddedToken, normalizers
-from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from rxt_hf.chat_template import CONTROL_TOKENS, CUT, ESCAPE, encode_chats, encode_interactions, encode_texts
@@ -18,7 +17,6 @@ from rxt_hf.data.readers import Episodes, pack_texts
 from rxt_hf.evaluation.recall import HistoryArm
 from rxt_hf.serving.messages import Codec
 from rxt_hf.session import RxTSession, send_batch, tokenizer_fingerprint
-from rxt_hf.training import upcycle
 
 from .reference_rxt import randomize
 from .test_tokenizers import as_fast, byte_level, metaspace, nasty_texts, sentencepiece_bpe
@@ -427,23 +425,6 @@ def test_history_keeps_the_end_of_an_answer_where_it_is_the_padding(load):
     arm.generation = {"do_sample": False, "logits_processor": [process]}
     assert arm.answer(["hi", "hi dog"], 8) == ["dog", "dog"]
     assert arm.histories == [prompt + ids for prompt in prompts]
-
-
-@torch.no_grad()
-def test_the_source_is_measured_in_the_same_pieces_with_what_stands_between_turns(load):
-    theirs, tokenizer = load("chatml")
-    source, _ = models(tokenizer)
-    turns = [{"query": "A table for 7.", "answer": "ok", "recall": []}]
-    turns += [{"query": "For whom?", "answer": "For 7.", "recall": [[4, 5, 1]]}]
-    batches = upcycle.recall_batches(tokenizer, [{"interactions": turns}], max_tokens=96, batch_tokens=512)
-    said = [EXPECTED["chatml"].replace("Q", turn["query"]).replace("A", turn["answer"], 1) for turn in turns]
-    said[0] = "<|im_start|>user\nA table for 7.<|im_end|>\n<|im_start|>assistant\nok<|im_end|>"
-    for history, text in ((False, said[1]), (True, "\n".join(said))):
-        ids = torch.tensor([theirs(text)["input_ids"]])
-        losses = F.cross_entropy(source(ids).logits[0, :-1], ids[0, 1:], reduction="none")
-        found = upcycle.source_losses(source, theirs, tokenizer, batches, history=history)
-        # before "." and the end token
-        assert found["1-1"] == [pytest.approx(losses[-3].item(), abs=1e-4), 1]
 
 
 def test_the_server_reads_thinking_and_calls_in_words(load):

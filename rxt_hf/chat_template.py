@@ -463,9 +463,31 @@ def render_chats(
     begins; what has no answer yet ends there.
     """
     pieces, guarded = _rendering(tokenizer)
-    is_known = pieces is not None and tokenizer.chat_template == _template(guarded, tuple(pieces.items()))
+    is_known = refuse_unguarded(tokenizer)
     escapes = _escapes(guarded, _behind(pieces)) if pieces is not None and is_known else None
     return [_render(tokenizer, chat, pieces or {}, escapes) for chat in chats]
+
+
+def refuse_unguarded(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """
+    Returns whether the tokenizer's template is the one that this module makes for it. Raises `ValueError` if a special
+    token that came later can be typed, since a template of this module does not know it.
+    """
+    pieces, guarded = _rendering(tokenizer)
+    if pieces is None:
+        return False
+    if tokenizer.chat_template == _template(guarded, tuple(pieces.items())):
+        return True
+    without, typed = (
+        _render(tokenizer, [{"role": "system", "content": text}], pieces, None)[0]
+        for text in (".", "\n".join(guarded))
+    )
+    if late := [text for text in guarded if typed.count(text) > without.count(text)]:
+        raise ValueError(
+            f"The special tokens {late} were added after the chat template was made, and could be typed: give the "
+            "tokenizer to add_control_tokens again."
+        )
+    return False
 
 
 def _rendering(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, str] | None, tuple[str, ...]]:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCrit
 from transformers.utils import logging
 
 from .cache_rxt import PendingSTMCache, StateError, STMCache, as_stm_cache, check_fingerprint, write_atomically
+from .chat_template import refuse_unguarded
 from .generation_rxt import answer_mask
 from .modeling_rxt import RxTForCausalLM, refuse_unknown_memory
 
@@ -97,6 +98,7 @@ class RxTSession:
         # any class with this interface will do, also one that was loaded from the Hub with its own code
         self.model: Any = model
         self.tokenizer = tokenizer
+        refuse_unguarded(tokenizer)
         self.generate_defaults = generate_defaults
         known = {"update_memory", *vars(model.generation_config)}
         refuse_unknown_memory("RxTSession", {name: generate_defaults[name] for name in {*generate_defaults} - known})

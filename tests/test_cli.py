@@ -576,3 +576,10 @@ def test_training_does_not_start_from_a_broken_model(rxt, folder, tmp_path, faul
     words = ("--model", tmp_path, "--data", "facts", "--output_dir", tmp_path / "out", *short)
     code, out, err = rxt("train", "memory_aware", *words)
     assert (code, out) == (2, "") and FAULTS[fault] in err
+
+
+def test_training_says_what_is_wrong_with_its_data_before_it_reads_the_weights(rxt, folder, tmp_path):
+    broken_model(folder, tmp_path, "no weights")
+    (tmp_path / "train.jsonl").write_text("{}")
+    code, out, err = rxt("train", "memory_aware", "--model", tmp_path, "--data", tmp_path / "train.jsonl")
+    assert (code, out) == (2, "") and f"{tmp_path / 'train.jsonl'}, line 1: expected" in err

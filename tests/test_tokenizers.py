@@ -5,9 +5,10 @@ import json
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizerFast, PreTrainedTokenizerFast
 
 import rxt_hf
+from rxt_hf import RxTSession
 from rxt_hf.chat_template import (
     CHAT_TEMPLATE,
     CONTROL_TOKENS,
@@ -328,6 +329,25 @@ def test_a_special_token_that_cannot_be_told_from_text_is_refused(token):
     backend.add_special_tokens([token])
     with pytest.raises(ValueError, match="cannot be told from text"):
         add_control_tokens(as_fast(backend))
+
+
+def test_special_tokens_that_come_after_the_template_are_refused_until_it_knows_them():
+    model, tokenizer = (auto.from_pretrained(rxt_hf.DEMO) for auto in (AutoModelForCausalLM, AutoTokenizer))
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<late>"]})
+    for use in (lambda: encode_interactions(tokenizer, ["a <late> b"]), lambda: RxTSession(model, tokenizer)):
+        with pytest.raises(ValueError, match=r"\['<late>'\] were added after the chat template"):
+            use()
+    again = add_control_tokens(tokenizer)
+    (ids,) = encode_interactions(again, ["a <late> b"])["input_ids"]
+    assert again.decode(ids, skip_special_tokens=True) == "a <late> b"
+    RxTSession(model, again)
+
+
+def test_a_template_of_ones_own_is_taken_if_it_guards_special_tokens():
+    tokenizer = AutoTokenizer.from_pretrained(rxt_hf.DEMO)
+    expected = encode_interactions(tokenizer, ["a [A] b"])
+    tokenizer.chat_template += "{# mine #}"
+    assert encode_interactions(tokenizer, ["a [A] b"]) == expected
 
 
 @pytest.mark.parametrize("token", ["a[", "a[A", "a<"])

@@ -439,5 +439,5 @@ def test_token_ids_that_the_model_does_not_have_are_refused(demo, tmp_path, stag
     path = tmp_path / "ids.jsonl"
     path.write_text(json.dumps({"interactions": [turn, turn]}) + "\n")
     with pytest.raises(ValueError, match=f"token id {token} is outside of the model's vocabulary of 2048") as refused:
-        training.features_of(stage, [str(path)], "train", training.RunArguments(), *demo)
+        training.features_of(stage, [str(path)], "train", training.RunArguments(), demo[0].config, demo[1])
     assert stage == "preference" or str(refused.value).startswith(f"{path}, line 1: ")

@@ -331,22 +331,30 @@ def _preferences(row: Any) -> list[dict[str, Any]] | None:
 
 
 def features_of(
-    stage: str, sources: Sequence[str], split: str, options: RunArguments, model: Any, tokenizer: Any
+    stage: str,
+    sources: Sequence[str],
+    split: str,
+    options: RunArguments,
+    config: RxTConfig,
+    tokenizer: Any,
+    model: Any = None,
 ) -> list[dict[str, Any]]:
-    """Returns the features of the stage's collator; raises `ValueError` if the stage can learn nothing from them."""
+    """
+    Returns the features of the stage's collator; raises `ValueError` if the stage can learn nothing from them. The
+    model is needed for generated preferences alone, which are what it answers wrongly.
+    """
     needs = "no answer within the limits of turns and tokens"
-    tokens = options.tokens or min(model.config.max_position_embeddings, tokenizer.model_max_length)
+    tokens = options.tokens or min(config.max_position_embeddings, tokenizer.model_max_length)
     if stage == "pretraining":
         texts = chain.from_iterable(texts_of(source, split, options) for source in sources)
         found, needs = list(pack_texts(tokenizer, texts, tokens)), "no text"
     elif stage == PREFERENCE:
         pairs = (preferences_of(source, split, options, model, tokenizer) for source in sources)
-        vocab_size = model.config.vocab_size
-        found = [encode_preferences(tokenizer, turns, vocab_size) for turns in chain.from_iterable(pairs)]
+        found = [encode_preferences(tokenizer, turns, config.vocab_size) for turns in chain.from_iterable(pairs)]
         needs = "no rejected answer" if sources != [FACTS] else "nothing that the model answers wrongly"
     else:
         dialogues = chain.from_iterable(dialogues_of(source, split, options) for source in sources)
-        limits: dict[str, int] = {"max_tokens": tokens, "vocab_size": model.config.vocab_size}
+        limits: dict[str, int] = {"max_tokens": tokens, "vocab_size": config.vocab_size}
         episodes = Episodes(tokenizer, dialogues, max_turns=options.turns, **limits)
         found: list[dict[str, Any]] = [episodes[index] for index in range(len(episodes))]
         if stage == "finetuning":
@@ -397,28 +405,32 @@ def load_tokenizer(options: RunArguments, start: str | None) -> Any:
     return tokenizer
 
 
-def load_model(stage: str, options: RunArguments, start: str | None, tokenizer: Any) -> RxTForCausalLM:
+def config_of(options: RunArguments, start: str | None, tokenizer: Any) -> RxTConfig:
+    """The configuration of `start`, or of a new model; raises `ValueError` if the tokenizer does not fit."""
+    fields = options.config_fields
+    if start is None:
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+        new: dict[str, Any] = {**PRESETS[options.preset], **fields, "vocab_size": len(tokenizer), **ids}
+        return RxTConfig(**new)
+    model_type = PreTrainedConfig.get_config_dict(start)[0].get("model_type")
+    if model_type != "rxt":
+        raise ValueError(f"{start} holds a model of type {model_type!r}: make an RxT of it first (rxt convert).")
+    config = RxTConfig.from_pretrained(start, **fields)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {config.vocab_size}."
+        )
+    return config
+
+
+def load_model(stage: str, options: RunArguments, start: str | None, config: RxTConfig) -> RxTForCausalLM:
     """The stage's class with the weights of `start`, or with new ones; in float32."""
     model_class = RxTForCausalLM if stage == PREFERENCE else STAGES[stage][0]
     if start is None:
-        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-        fields: dict[str, Any] = {
-            **PRESETS[options.preset],
-            **options.config_fields,
-            "vocab_size": len(tokenizer),
-            **ids,
-        }
-        model = model_class(RxTConfig(**fields))
+        model = model_class(config)
     else:
-        model_type = PreTrainedConfig.get_config_dict(start)[0].get("model_type")
-        if model_type != "rxt":
-            raise ValueError(f"{start} holds a model of type {model_type!r}: make an RxT of it first (rxt convert).")
-        fields = options.config_fields
-        model = load_whole(model_class, start, may_drop=bool(fields), dtype=torch.float32, **fields)
-    if len(tokenizer) > model.config.vocab_size:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer)} tokens, the model's vocabulary only {model.config.vocab_size}."
-        )
+        may_drop = bool(options.config_fields)
+        model = load_whole(model_class, start, may_drop=may_drop, config=config, dtype=torch.float32)
     if options.attn_implementation is not None:
         model.set_attn_implementation(options.attn_implementation)
     return model
@@ -471,13 +483,14 @@ def collator_of(stage: str, tokenizer: Any) -> Any:
 
 
 def build_trainer(
-    stage: str, options: RunArguments, args: TrainingArguments, model: RxTForCausalLM, tokenizer: Any
+    stage: str,
+    options: RunArguments,
+    args: TrainingArguments,
+    model: RxTForCausalLM,
+    tokenizer: Any,
+    data: list[Any],
 ) -> Trainer:
-    """The stage's `Trainer`, with data sets."""
-    splits = [(options.data, "train"), (options.eval_data, "test")]
-    data: list[Any] = [
-        features_of(stage, sources, split, options, model, tokenizer) if sources else None for sources, split in splits
-    ]
+    """The stage's `Trainer`; `data` are the features to train on, and those to evaluate on or None."""
     collator = collator_of(stage, tokenizer)
     if limit := options.max_batch_tokens:
         data = [found and in_batches(found, limit) for found in data]
@@ -517,8 +530,18 @@ def train(stage: str, options: RunArguments, args: TrainingArguments) -> Path:
     # a checkpoint of a new model holds its tokenizer, too
     start = options.model or checkpoint
     tokenizer = load_tokenizer(options, start)
-    model = load_model(stage, options, start, tokenizer).to(args.device)
-    trainer = build_trainer(stage, options, args, model, tokenizer)
+    config = config_of(options, start, tokenizer)
+    model: Any = None
+    # elsewhere what is wrong with the data is said before the weights are read
+    if stage == PREFERENCE and FACTS in options.data + options.eval_data:
+        model = load_model(stage, options, start, config).to(args.device)
+    data = [
+        features_of(stage, sources, split, options, config, tokenizer, model) if sources else None
+        for sources, split in ((options.data, "train"), (options.eval_data, "test"))
+    ]
+    if model is None:
+        model = load_model(stage, options, start, config).to(args.device)
+    trainer = build_trainer(stage, options, args, model, tokenizer, data)
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RUN_NAME).write_text(json.dumps({"stage": stage, **dataclasses.asdict(options)}, indent=1) + "\n")

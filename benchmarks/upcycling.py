@@ -16,6 +16,7 @@ Each arm is measured on the same tokens, and added to the JSON file beside those
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -28,11 +29,23 @@ import torch.nn.functional as F
 
 from rxt_hf import Episodes
 from rxt_hf.convert import convert_tokenizer, fit_salience, from_llm
+from rxt_hf.convert.smollm2 import load_smollm2
 from rxt_hf.evaluation.memory import Dialogues, figures_of, sampled, teacher_forced
 from rxt_hf.evaluation.speed import environment
 
 RESULTS = Path(__file__).parent / "results" / "upcycling.json"
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+
+def recipe() -> Any:
+    """The module of the recipe, which is found by its path: this file has the name of its package."""
+    spec = importlib.util.spec_from_file_location(
+        "recipe", Path(__file__).parent.parent / "examples/upcycling/train.py"
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["recipe"] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def history_losses(model: Any, between: list[int], *, history: bool) -> Callable[[Mapping[str, torch.Tensor]], Any]:
@@ -86,14 +99,13 @@ def loaded(base: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if base == "smollm2":
-        from upcycle_smollm2 import load_smollm2
-
         return load_smollm2()
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(base)
 
 
-def arms(options: argparse.Namespace, dialogues: Dialogues, tokenizer: Any, source: Any, between: list[int]) -> Any:
+def arms(options: argparse.Namespace, dialogues: Dialogues, tokenizer: Any, source: Any, source_tokenizer: Any) -> Any:
     """Yields the name of each arm that was asked for and its figures."""
+    between = source_tokenizer("\n", add_special_tokens=False)["input_ids"]
     for name, history in (("query_only", False), ("full_history", True)):
         if name in options.arms:
             yield name, {"none": summary(figures_of(history_losses(source, between, history=history), dialogues))}
@@ -115,10 +127,9 @@ def arms(options: argparse.Namespace, dialogues: Dialogues, tokenizer: Any, sour
             fit_salience(model, train, topics=options.topics)
             yield f"salience, {options.slots} slots", measured(model, dialogues)
     for given in options.upcycled:
-        from upcycling.train import load_upcycled
-
         name, _, folder = given.partition("=")
-        yield name, measured(load_upcycled(source, folder), dialogues)
+        model, _ = recipe().load_upcycled((source, source_tokenizer), folder, in_passing=options.in_passing)
+        yield name, measured(model, dialogues)
 
 
 def main() -> None:
@@ -133,15 +144,15 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", default=["query_only", "full_history", "day_one"], help="untrained arms")
     parser.add_argument("--fit-salience", action="store_true", help="measure with a fitted salience, too")
     parser.add_argument("--upcycled", nargs="*", default=[], help="NAME=FOLDER of trained models")
+    parser.add_argument("--in-passing", action="store_true", help="measure --upcycled as models that write in passing")
     parser.add_argument("--history-adapter", help="folder of a LoRA adapter of the model that re-reads its history")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file that the arms are added to")
     options = parser.parse_args()
     source, source_tokenizer = loaded(options.base)
     tokenizer = convert_tokenizer(source_tokenizer)
     dialogues = Dialogues(tokenizer, sampled(options.data, "test", options.dialogues), max_tokens=options.tokens)
-    between = source_tokenizer("\n", add_special_tokens=False)["input_ids"]
     name = f"{Path(options.data).name}, {options.dialogues} dialogues"
-    for arm, figures in arms(options, dialogues, tokenizer, source, between):
+    for arm, figures in arms(options, dialogues, tokenizer, source, source_tokenizer):
         report = json.loads(options.output.read_text()) if options.output.exists() else {"arms": {}}
         report["arms"].setdefault(name, {})[arm] = figures | {
             "command": " ".join(["python", "benchmarks/upcycling.py", *sys.argv[1:]]),

@@ -307,11 +307,10 @@ class RxTMemorySelection(nn.Module):
         is_candidate = torch.cat([filled_slots(states), attention_mask], dim=1)
         with torch.no_grad():
             scores = self.salience(candidates[:, 0], is_candidate)
-            kept = scores.topk(self.num_slots, dim=-1).indices.sort(dim=-1).values
-            # what is no candidate goes behind all that is, and is cleared
-            is_kept = is_candidate.gather(1, kept)
-            order = (~is_kept).long().argsort(dim=-1, stable=True)
-            kept, is_kept = kept.gather(1, order), is_kept.gather(1, order)
+            kept, length = scores.topk(self.num_slots, dim=-1).indices, scores.shape[1]
+            # in the order of time; what is no candidate goes behind all that is, and is cleared
+            kept = (kept + length * ~is_candidate.gather(1, kept)).sort(dim=-1).values
+            is_kept, kept = kept < length, kept % length
         index = kept[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
         return candidates.gather(2, index).masked_fill(~is_kept[:, None, :, None], 0)
 

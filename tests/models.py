@@ -18,6 +18,14 @@ SIZES = {
     "num_memory_slots": 5,
     "max_position_embeddings": 64,
 }
+# the forms of a converted language model
+JOINT = {
+    "memory_reading": "joint",
+    "memory_positions": "rank",
+    "memory_encoding": "decoder",
+    "memory_writing": "selection",
+}
+IN_PASSING = JOINT | {"memory_encoding": "decoder_in_passing"}
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 16, "output_router_logits": True, "router_aux_loss_coef": 0.5}
 
 

@@ -12,7 +12,7 @@ from rxt_hf import DEMO, graphs
 from rxt_hf.data.facts import generate_dialogue
 from rxt_hf.graphs import OnnxRxT, RxTGraphs, TurnRunner, export_graphs
 
-from .models import EXPERTS, close, random_ids, random_memory, tiny_model
+from .models import EXPERTS, IN_PASSING, close, random_ids, random_memory, tiny_model
 
 PROMPT, ANSWER = 9, 7
 VARIANTS = {
@@ -22,6 +22,16 @@ VARIANTS = {
         "num_key_value_heads": 2,
         "cross_attention_num_key_value_heads": 2,
         "memory_layers": [1],
+    },
+    "choice": {
+        **IN_PASSING,
+        "num_memory_slots": 12,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "memory_layers": [1, 2],
+        "memory_init": "zeros",
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 4,
     },
     "experts": {**EXPERTS, "memory_init": "random", "memory_attention_type": "interlayer"},
 }
@@ -102,10 +112,10 @@ def linear_layers(program):
 
 
 def test_a_step_computes_one_token_and_nothing_of_the_memory(exported):
-    _, turn_graphs = exported
+    model, turn_graphs = exported
     prefill, decode = linear_layers(turn_graphs.prefill), linear_layers(turn_graphs.decode)
     memory = {name for name in prefill if "memory_cross_attn.k_proj" in name or "memory_cross_attn.v_proj" in name}
-    assert memory
+    assert memory or model.config.memory_reading == "joint"
     assert set(decode) == set(prefill) - memory
     assert {shape[:-1] for name, shape in decode.items() if "attn" in name} == {(2, 1)}
     assert prefill["model.lm_head.weight"][:-1] == (2,)

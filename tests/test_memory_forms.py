@@ -8,9 +8,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TextStreamer
 
 from rxt_hf import RxTConfig, RxTForCausalLM, STMCache
+from rxt_hf.evaluation.memory import look_inside
 from rxt_hf.memory_rxt import RxTMemorySelection, filled_slots
 
-from .models import SIZES, close, counted_calls, random_ids, tiny_model
+from .models import IN_PASSING, JOINT, SIZES, close, counted_calls, random_ids, tiny_model
 
 SLOTS = 12
 FORMS = [
@@ -20,9 +21,6 @@ FORMS = [
     for writing in ("attention", "selection")
 ]
 CHOOSING = [form for form in FORMS if form["memory_writing"] == "selection"]
-# the form of a converted language model
-JOINT = FORMS[15]
-IN_PASSING = FORMS[17]
 
 
 def names(forms):
@@ -66,11 +64,6 @@ def written(model, turns=2, batch_size=2):
         for turn in range(turns):
             memory = model.update_memory(memory, random_ids(batch_size, 5 + turn, seed=50 + turn))
     return memory
-
-
-def test_the_two_forms_named_here_are_what_their_names_say():
-    assert list(JOINT.values()) == ["joint", "rank", "decoder", "selection"]
-    assert list(IN_PASSING.values()) == ["joint", "rank", "decoder_in_passing", "selection"]
 
 
 # ---- empty slots
@@ -574,3 +567,24 @@ def test_a_saved_model_reads_and_writes_the_same(form, tmp_path):
     assert torch.equal(written(loaded).states, memory.states)
     assert torch.equal(loaded(ids, stm_cache=memory).logits, model(ids, stm_cache=memory).logits)
     assert loaded.memory_fingerprint() == model.memory_fingerprint()
+
+
+# ---- evaluation
+
+
+@each_form
+def test_the_look_inside_a_memory_says_which_slots_each_turn_reads(form):
+    model, ids = model_of(form, memory_layers=[1, 2]), random_ids(3, 7).tolist()
+    for turns in (1, 3):
+        inside = look_inside(model, {"input_ids": ids[:turns], "labels": ids[:turns]}, [{}] * turns)
+        read, change = torch.tensor(inside["read"]), torch.tensor(inside["change"])
+        assert read.shape == change.shape == (turns, 2, SLOTS)
+        assert change.isfinite().all() and (change[0] <= 1).all()
+        if form["memory_writing"] == "selection" or form["memory_reading"] == "joint":
+            assert read[0].max() == 0
+        if turns == 3:
+            assert (read[1:].sum(-1) > 0).all()
+            if form["memory_writing"] == "selection":
+                # the second turn reads what the first has filled
+                assert (read[1] > 0).sum(-1).tolist() == [6, 6]
+    assert bool(inside["gates"]) == (form["memory_writing"] == "attention")

@@ -18,7 +18,17 @@ from rxt_hf.fingerprint_rxt import fingerprints_match
 from rxt_hf.layers_rxt import eager_attention_forward, one_query_attention
 from rxt_hf.memory_rxt import RxTResidualGate
 
-from .models import EXPERTS, close, counted_calls, random_ids, random_memory, tiny_config, tiny_model
+from .models import (
+    EXPERTS,
+    IN_PASSING,
+    JOINT,
+    close,
+    counted_calls,
+    random_ids,
+    random_memory,
+    tiny_config,
+    tiny_model,
+)
 
 IDS = random_ids(2, 6)
 FULL = torch.ones(2, 6, dtype=torch.long)
@@ -503,6 +513,10 @@ SHAPES = {
         "memory_attention_type": "self_interlayer",
     },
     "sliding window": {"sliding_window": 3},
+    "read jointly": {**JOINT, "num_key_value_heads": 2, "num_memory_slots": 9},
+    "read jointly, written in passing": {**IN_PASSING, "memory_layers": [1], "sliding_window": 20},
+    "read jointly, written by attention": {"memory_reading": "joint"},
+    "chosen, read apart": {"memory_writing": "selection"},
     "norms and gates": {
         "num_memory_slots": 2,
         "use_qk_norm": True,
@@ -515,6 +529,8 @@ SHAPES = {
 def everything(model, mask):
     """Logits, one token's logits, written memory, and a turn where the mask allows for one."""
     memory = random_memory(model)
+    if model.config.memory_reading == "joint":
+        memory.states[0, :, 1:] = 0
     outputs = [
         model(IDS, attention_mask=mask, stm_cache=memory).logits[mask.bool()],
         model(IDS[:, :1], stm_cache=memory).logits,
@@ -548,7 +564,8 @@ def test_sdpa_equals_eager(shaped_model, mask):
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_flash_attention_equals_eager_with_kernels_that_know_no_mask(shaped_model, mask, flash_kernels):
     assert_equal_to_eager(shaped_model, "flash_attention_2", mask)
-    assert set(flash_kernels) == {"dense", "ragged"}
+    # a write by choice attends to nothing
+    assert set(flash_kernels) >= {"dense"} | ({"ragged"} if shaped_model.model.memory_attention is not None else set())
 
 
 @pytest.mark.slow
@@ -568,6 +585,26 @@ def test_flex_equals_eager_at_shapes_that_were_wrong():
         expected = model(ids).logits
         model.set_attn_implementation("flex_attention")
         close(model(ids).logits, expected)
+
+
+JOINT_REFUSALS = {
+    "flex": ("flex_attention", JOINT, {}, "no mask for flex_attention"),
+    "window": ("flash_attention_2", {**JOINT, "sliding_window": 3}, {}, "turns longer than the sliding window"),
+    "static cache": ("flash_attention_2", JOINT, {"cache_implementation": "static"}, "no mask for flash_attention_2"),
+    "slots": ("flash_attention_2", {"memory_writing": "selection"}, {}, "cannot leave out slots"),
+}
+
+
+@pytest.mark.parametrize("implementation, options, arguments, message", JOINT_REFUSALS.values(), ids=JOINT_REFUSALS)
+def test_attention_without_a_mask_for_slots_is_refused_once_a_slot_is_filled(
+    implementation, options, arguments, message, flash_kernels
+):
+    model = tiny_model(**options, memory_init="zeros")
+    model.config._attn_implementation = implementation
+    memory = random_memory(model)
+    memory.states[:, :, 2:] = 0
+    with pytest.raises(ValueError, match=message):
+        model.generate(IDS, stm_cache=memory, max_new_tokens=2, disable_compile=True, **arguments)
 
 
 def test_implementation_is_chosen_by_the_usual_call(model, memory):

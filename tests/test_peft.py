@@ -6,6 +6,8 @@ from transformers import Trainer, TrainingArguments
 from rxt_hf import RxTConfig, RxTForCausalLM
 from rxt_hf.data.collator import RxTEpisodeCollator
 
+from .models import IN_PASSING, JOINT
+
 peft = pytest.importorskip("peft")
 
 # peft itself still uses the former name
@@ -97,6 +99,34 @@ def test_adapter_trains_saves_loads_merges_and_switches_off(tmp_path, target_mod
     merged = model.merge_and_unload()
     assert type(merged) is RxTForCausalLM
     assert distance(two_turns(merged), adapted) <= 1e-5
+
+
+@pytest.mark.parametrize("form", [JOINT, IN_PASSING], ids=["apart", "in passing"])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_adapter_of_a_model_that_reads_jointly_trains_saves_loads_and_merges(tmp_path, form, activation_checkpointing):
+    form = {**form, "memory_init": "zeros", "bptt_turns": 0}
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        modules_to_save=["memory_selection"],
+        task_type="CAUSAL_LM",
+    )
+    model, base = peft.get_peft_model(tiny_model(**form), config), two_turns(tiny_model(**form))
+    assert distance(two_turns(model), base) == 0.0
+    before = {name: value.clone() for name, value in model.named_parameters() if value.requires_grad}
+    train_two_steps(model, tmp_path / "run", activation_checkpointing=activation_checkpointing)
+    after = dict(model.named_parameters())
+    unchanged = {name.rpartition(".")[2] for name, value in before.items() if torch.equal(after[name], value)}
+    # of the copies of a token, one alone is kept: no slot is one that comes again
+    assert unchanged <= {"repeat_penalty"}
+    adapted = two_turns(model)
+    assert distance(adapted, base) > 1e-3
+    with model.disable_adapter():
+        assert distance(two_turns(model), base) == 0.0
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(tiny_model(**form), str(tmp_path / "adapter")).eval()
+    assert distance(two_turns(loaded), adapted) == 0.0
+    assert distance(two_turns(model.merge_and_unload()), adapted) <= 1e-5
 
 
 def test_default_adapter_covers_decoder_and_memory(unregistered):

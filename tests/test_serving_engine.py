@@ -86,6 +86,14 @@ MODELS = {
         "memory_writing": "selection",
         "memory_init": "zeros",
     },
+    "selected slots, written in passing": {
+        "memory_reading": "joint",
+        "memory_positions": "rank",
+        "memory_encoding": "decoder_in_passing",
+        "memory_writing": "selection",
+        "sliding_window": 4,
+    },
+    "selected slots, read apart": {"memory_encoding": "decoder", "memory_writing": "selection"},
 }
 
 
@@ -95,6 +103,9 @@ def test_tokens_of_every_architecture_are_those_of_generate(demo, options, atten
     model = tiny_model(**options)
     model.set_attn_implementation(attention)
     memories = random_memory(model, batch_size=6)
+    if model.config.memory_writing == "selection":
+        # rows that are half filled, filled with one slot, and empty
+        memories.states[1:3, :, 3:], memories.states[3, :, 1:], memories.states[4] = 0, 0, 0
     engine = small_engine(model, demo, max_rows=3)
     turns = [Turn(random_ids(3 + 4 * row, seed=row).tolist(), memories.select(row), 5 + 3 * row) for row in range(6)]
     for turn in turns:

@@ -20,6 +20,8 @@ from rxt_hf.cache_rxt import PendingSTMCache
 from rxt_hf.chat_template import train_tokenizer
 from rxt_hf.session import RxTSession, send_batch, tokenizer_fingerprint
 
+from .models import IN_PASSING, JOINT
+
 CONTEXT = 96
 TEXTS = ["My dog is called Rex. What is my dog called? You live in Oslo.\n"] * 8
 
@@ -75,6 +77,35 @@ def test_a_turn_is_the_generate_call_of_the_readme(model, tokenizer, session):
     assert same(session.stm_cache, memory)
     assert session.turns == 2
     assert [turn["answer"] for turn in session.history] == answers
+
+
+@pytest.mark.parametrize("form", [JOINT, IN_PASSING], ids=["apart", "in passing"])
+def test_a_session_of_a_model_that_reads_jointly_does_all_that_others_do(tokenizer, form, tmp_path):
+    model = random_model(tokenizer, **form, memory_init="zeros")
+    session = RxTSession(model, tokenizer, max_new_tokens=6)
+    first = session.send("My dog is called Rex.")
+    before = session.stm_cache
+    other = session.fork()
+    assert "".join(other.stream("What is my dog called?")) == session.send("What is my dog called?")
+    assert same(other.stm_cache, session.stm_cache) and not same(other.stm_cache, before)
+    session.undo()
+    assert same(session.stm_cache, before)
+    later = RxTSession(model, tokenizer, max_new_tokens=6, update_memory="async")
+    assert later.send("My dog is called Rex.") == first
+    assert same(later.stm_cache, before)
+    other.save(tmp_path / "state")
+    loaded = RxTSession.load(tmp_path / "state", model, tokenizer)
+    assert same(loaded.stm_cache, other.stm_cache)
+    together = [session.fork(), RxTSession(model, tokenizer, max_new_tokens=6)]
+    texts = ["What is my dog called?", "My dog is called Rex."]
+    assert send_batch(together, texts) == [loaded.fork().history[1]["answer"], first]
+    for found, expected in zip(together, (other, later), strict=True):
+        torch.testing.assert_close(found.stm_cache.states, expected.stm_cache.states, rtol=0, atol=1e-5)
+    loaded.forget(0)
+    assert [turn["query"] for turn in loaded.history] == ["What is my dog called?"]
+    other.forget(1)
+    torch.testing.assert_close(other.stm_cache.states, before.states, rtol=0, atol=1e-5)
+    assert not torch.allclose(loaded.stm_cache.states, other.stm_cache.states, atol=1e-3)
 
 
 def test_history_is_a_copy_that_the_model_never_reads(session):

@@ -12,6 +12,7 @@ dialogues are those of `rxt_hf.data.facts`, with seeds that training never sees.
 import argparse
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from ..data.collator import RxTEpisodeCollator
 from ..data.facts import ATTRIBUTES, DialogueWriter, generate_dialogue
 from ..data.readers import Episodes, encode_turns, read_episodes
 from ..layers_rxt import upcast
-from ..memory_rxt import RxTResidualGate
+from ..memory_rxt import RxTResidualGate, filled_slots
 from ..modeling_rxt import RxTForCausalLM
 from .recall import FIRST_TEST_SEED, Control, by_bucket, effective_rank, recall
 from .report import page, tables
@@ -345,9 +346,10 @@ def look_inside(
     Follows the memory of one dialogue, written with its true answers.
 
     Returns: `turns` (what was said), and nested lists of `(turns, layers, slots)`: `change` (norm of the difference to
-    the slot before, divided by the norm of the slot before), `cosine_to_before`, `cosine_to_initial`, `norm`, `read`
-    (weights of the cross-attention, mean over heads and the tokens of the answer; zeros where there is none) and, by
-    kind of gate, `gates`; `effective_rank` is of `(turns, layers)`, None at a turn whose memory is not finite.
+    the slot before, divided by the norm of the slot before; 1 for one that was empty), `cosine_to_before`,
+    `cosine_to_initial`, `norm`, `read` (weights of the slots in the attention that reads them, mean over heads and
+    the tokens of the answer; zeros where there is none) and, by kind of gate, `gates`, of which a write by choice has
+    none; `effective_rank` is of `(turns, layers)`, None at a turn whose memory is not finite.
     """
     inner = model.model
     batch = on_device(model, RxTEpisodeCollator(0)([dict(feature)]))
@@ -357,14 +359,25 @@ def look_inside(
     states = upcast(torch.cat([read[0], last]))
     old, new = states[:-1], states[1:]
     with eager_attention(model):
-        weights = inner(input_ids=batch["input_ids"], attention_mask=mask, output_attentions=True).cross_attentions
+        output = inner(input_ids=batch["input_ids"], attention_mask=mask, output_attentions=True)
+    weights = output.cross_attentions
+    if model.config.memory_reading == "joint":
+        # slots stand before the tokens
+        layers = [layer.memory_idx is not None for layer in inner.layers]
+        weights = [part[..., : -mask.shape[-1]] for part in itertools.compress(output.attentions, layers)]
+    if not weights or not weights[0].shape[-1]:
+        # no slot was filled in any turn
+        weights = [embeds.new_zeros(*embeds.shape[1:3], old.shape[2]).unsqueeze(1)] * old.shape[1]
     # the token before each token of the answer predicts it
     predicts = F.pad(batch["labels"][0, :, 1:] != -100, (0, 1)).unsqueeze(-1)
     by_layer = [(layer.float().mean(1) * predicts).sum(1) / predicts.sum(1).clamp(min=1) for layer in weights]
+    if inner.leaves_out_empty_slots:
+        by_layer = [layer * filled_slots(read[0]) for layer in by_layer]
     by_kind: dict[str, list[torch.Tensor]] = defaultdict(list)
     for name, values in gates.items():
         by_kind[name.rpartition(".")[2]].append(torch.cat(values))
-    change = (new - old).norm(dim=-1) / old.norm(dim=-1).clamp(min=torch.finfo(old.dtype).tiny)
+    change, before = (new - old).norm(dim=-1), old.norm(dim=-1)
+    change = change / before.where(before > 0, change).clamp(min=torch.finfo(old.dtype).tiny)
     return {
         "turns": [{name: turn.get(name) for name in ("instruction", "query", "answer")} for turn in turns],
         "change": _rounded(change),

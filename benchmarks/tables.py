@@ -442,6 +442,37 @@ def serving(*reports: Mapping[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
+UPCYCLING_ARMS = {
+    "query_only": "SmolLM2-135M-Instruct, the query alone",
+    "full_history": "SmolLM2-135M-Instruct, the whole dialogue",
+}
+UPCYCLING_MEMORIES = {
+    "none": "",
+    "own": ", own memory",
+    "cleared": ", memory cleared",
+    "shuffled": ", another dialogue's memory",
+}
+
+
+def upcycling(report: Mapping[str, Any]) -> str:
+    """Nats of recalled words, by turns since they were told, and of the other words, for each data set."""
+    tables = []
+    for data, arms in report["arms"].items():
+        distances = list(next(iter(arms["full_history"].values()))["recalled"])
+        turns = [f"{distance} turns" for distance in distances[1:]]
+        head = [f"{data}; nats a token", "recalled", *turns, "other words"]
+        rows = []
+        for arm, memories in arms.items():
+            for memory, found in memories.items():
+                if memory not in UPCYCLING_MEMORIES:
+                    continue
+                recalled = [show(found["recalled"].get(distance, (None,))[0], 2) for distance in distances]
+                title = UPCYCLING_ARMS.get(arm, arm) + UPCYCLING_MEMORIES[memory]
+                rows.append([title, *recalled, show(found["ordinary"][0], 2)])
+        tables.append(markdown_table(head, *rows))
+    return "\n\n".join(tables)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "summary": summary,
     "recall": lambda: recall_by_turns(load("fact_recall")),
@@ -468,6 +499,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "dialogues-longer": lambda: both_sources(dialogues_table, load("dialogues_longer")),
     "dialogues-facts-first": lambda: both_sources(dialogues_table, load("dialogues_facts_first")),
     "dialogues-by-turn": lambda: both_sources(dialogues_by_turn, load("dialogues_facts_first")),
+    "upcycling": lambda: upcycling(load("upcycling")),
     "options": lambda: options_table(load("options")),
 }
 FIGURES: dict[str, Callable[[], str]] = {

@@ -146,10 +146,11 @@ def test_a_row_without_a_slot_computes_beside_others_what_it_does_alone(form):
         close(together, model(ids[:1, 3:], stm_cache=model.init_stm(1)).logits[0], 2e-6)
 
 
+@pytest.mark.parametrize("attention_bias", [False, True])
 @torch.no_grad()
-def test_a_token_whose_embedding_is_zero_is_read_in_every_step_as_in_the_first():
+def test_a_token_whose_embedding_is_zero_is_read_in_every_step_as_in_the_first(attention_bias):
     """The embedding of padding is zeros, and a template may end turns with it."""
-    model = model_of(JOINT, attention_bias=True)
+    model = model_of(JOINT, attention_bias=attention_bias)
     model.get_input_embeddings().weight[0] = 0
     memory = memory_of(model, [0, 1, 2, 3])
     memory.states[:, 0, 1] = 0
@@ -249,9 +250,13 @@ def test_salience_falls_with_every_later_candidate_and_with_a_later_copy():
     assert saliences(choose(selection_of(repeat=3.0), empty, again)) == [0.4, 0.3, 0.2, 0.5]
     memory = choose(selection_of(), empty, tokens)
     assert saliences(choose(selection_of(repeat=3.0), memory, tokens[:, 1:2])) == [0.5, 0.3, 0.2, 0.4]
-    # what is masked is no later copy, and ages nothing
+    # what is masked, and a free slot, is no later copy and ages nothing
     mask = torch.tensor([[True] * 6 + [False]])
     assert saliences(choose(selection_of(repeat=3.0), empty, again, mask)) == [0.5, 0.4, 0.3, 0.2]
+    mask = torch.tensor([[True, False, False, False, False, True]])
+    assert saliences(choose(selection_of(slots=1, age=0.1), empty[:, :, :1], tokens, mask)) == [0.5]
+    memory = choose(selection_of(), empty, tokens[:, :1])
+    assert saliences(choose(selection_of(slots=4, age=0.15), memory, tokens[:, 2:])) == [0.5, 0.2, 0.1, 0.05]
 
 
 @each_choosing_form
@@ -424,7 +429,7 @@ def test_static_cache_compiled_as_one_graph_gives_the_same_tokens(form):
 
 def gradients_of(model, ids, **options):
     model.zero_grad()
-    output = model(ids, labels=ids, **options)
+    output = model(ids, **{"labels": ids} | options)
     output.loss.backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     return output.loss.detach(), {name: None if grad is None else grad.clone() for name, grad in found.items()}
@@ -502,6 +507,13 @@ def test_without_turns_to_go_back_no_gradient_passes_through_the_memory(form):
         # what was said before is a constant, or is learned
         assert bool(embeds.grad[:, :3].abs().max() > 0) == has_gradient
         assert embeds.grad[:, 3].abs().max() > 0
+    for model, has_gradient in ((through, True), (cut, False)):
+        learned = model_of(form, memory_init="learned", bptt_turns=model.config.bptt_turns).train()
+        _, gradients = gradients_of(learned, ids, labels=labels)
+        gradient = gradients["model.initial_memory"]
+        is_learned = gradient is not None and bool(gradient.abs().max() > 0)
+        # of the first slots, none may be left
+        assert is_learned == has_gradient or (has_gradient and form["memory_writing"] == "selection")
     name = "model.layers.0.mlp.down_proj.weight"
     assert form["memory_encoding"] == "encoder" or not torch.allclose(with_writes[name], without[name], atol=1e-7)
 

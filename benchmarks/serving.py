@@ -109,8 +109,8 @@ class Server:
 
     def __init__(self, model, port, max_rows):
         command = [sys.executable, "-m", "rxt_hf.cli", "serve", model, "--port", str(port), "--name", "rxt"]
-        command += ["--max-rows", str(max_rows), "--store", f"/tmp/rxt-bench-{os.getpid()}-{port}.sqlite"]
-        self.path = Path(command[-1])
+        self.folder = tempfile.TemporaryDirectory()
+        command += ["--max-rows", str(max_rows), "--store", str(Path(self.folder.name, "states.sqlite"))]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         while not self.process.stdout.readline().startswith("listens"):
             if self.process.poll() is not None:
@@ -134,8 +134,7 @@ class Server:
     def __exit__(self, *_):
         self.process.terminate()
         self.process.wait(60)
-        for suffix in ("", "-wal", "-shm"):
-            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+        self.folder.cleanup()
 
 
 async def client(http, turns, streams, firsts, wholes):

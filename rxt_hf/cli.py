@@ -144,7 +144,8 @@ def _device(name: str | None) -> Any:
     try:
         # tried with a number, since a name may be right and the device not there; "meta" gives none back
         torch.zeros(1, device=name).item()
-    except Exception as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
+        # what torch raises for an unknown name, for a kind of device it was built without, and for a missing plug-in
         there = ", ".join(["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])
         raise ValueError(f"There is no device {name!r} here to compute on, only {there}.") from error
     return torch.device(name)

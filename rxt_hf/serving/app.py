@@ -455,6 +455,7 @@ class Responses:
         try:
             response = await self.finish()
         except Exception as error:
+            # status 200 has been sent: whatever fails now can be said only as an event; `known_error` logs the unknown
             known = known_error(error)
             reason = {"code": "server_error", "message": f"{known.message} ({known.code})"}
             yield event("response.failed", response={**self.as_json("failed", []), "error": reason})
@@ -586,6 +587,7 @@ class Chat:
         try:
             message, reason, usage = await self.finish()
         except Exception as error:
+            # as for a streamed response: it has begun, and only an event is left to say it
             known = known_error(error)
             yield b"data: " + to_json(error_body(known.message, "server_error", known.code)) + b"\n\n"
             return

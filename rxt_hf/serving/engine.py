@@ -375,6 +375,7 @@ class Engine:
             if turn.replay:
                 turn.memory = self.model.replay(turn.memory, turn.replay)
         except Exception as error:
+            # given to the caller of this turn; let through, it would take the other rows with it
             self._fail(turn, error)
         return not turn.is_done
 
@@ -512,6 +513,7 @@ class Engine:
                 turn.memory_after = written.select(index)
                 self._finish(turn)
         except Exception as error:
+            # given to the caller of the turn that causes it, which writing one by one finds out
             if len(turns) == 1:
                 self._fail(turns[0], error)
                 return

@@ -30,14 +30,6 @@ def demo():
 
 
 @contextlib.contextmanager
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
 def running_server(store="memory", model=None, idle_s=30.0, **settings):
     """A server on a socket of this machine, in a thread; gives its address and its service."""
     pytest.importorskip("fastapi", reason="the extra serve is not installed")

@@ -30,12 +30,7 @@ BEAMS = {"num_beams": 3}
 each_search = pytest.mark.parametrize("search", [{}, BEAMS], ids=["greedy", "beams"])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -40,12 +40,9 @@ each_memory_attention = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread_without_gradients():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def without_gradients(one_thread):
     with torch.no_grad():
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -154,13 +154,7 @@ def close(actual, expected, tolerance=TOLERANCE):
     torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance * max(1, expected.abs().max().item()))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors of this size are slower when several threads share them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())

@@ -19,17 +19,13 @@ from pydantic import TypeAdapter
 
 from rxt_hf import RxTSession, STMCache
 
-from . import serving
 from .models import close
 from .serving import TOKENS, demo, openai_client, running_server, scripted, token_hashes
 
 FACT, QUESTION = "My dog is called Mochi.", "What is my dog called?"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def only_one_thread():
-    with serving.one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,7 @@ FACTS = ["My dog is called Mochi.", "I live in Lisbon.", "My favourite colour is
 QUESTIONS = ["What is my dog called?", "Where do I live?", "What is my favourite colour?", "What is my job?"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def only_one_thread():
-    with serving.one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -12,17 +12,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from . import serving
 from .serving import TOKENS, free_port, running_server, token_hashes
 
 hypothesis = pytest.importorskip("hypothesis", reason="the package hypothesis is not installed")
 st = hypothesis.strategies
 
 
-@pytest.fixture(scope="module", autouse=True)
-def only_one_thread():
-    with serving.one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

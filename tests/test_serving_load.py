@@ -18,7 +18,6 @@ import pytest
 
 from rxt_hf import RxTSession
 
-from . import serving
 from .serving import Servers, demo, redis_server, running_server
 
 DOGS, TOWNS = ["Mochi", "Rex", "Bello", "Luna", "Coco"], ["Lisbon", "Rome", "Oslo", "Paris", "Berlin"]
@@ -40,10 +39,7 @@ SCRIPTS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def only_one_thread():
-    with serving.one_thread():
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

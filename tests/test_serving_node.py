@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from . import serving
 from .serving import TOKENS, running_server, token_hashes
 
 FACT, QUESTION = "My dog is called Mochi.", "What is my dog called?"
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def node_modules(tmp_path_factory):
 def test_the_npm_package_drives_every_endpoint(node_modules, tmp_path):
     shutil.copy(Path(__file__).with_name("serving_client.mjs"), tmp_path)
     (tmp_path / "node_modules").symlink_to(node_modules)
-    with serving.one_thread(), running_server(tokens=token_hashes()) as (url, _):
+    with running_server(tokens=token_hashes()) as (url, _):
         environment = {**os.environ, "BASE_URL": f"{url}/v1", "API_KEY": TOKENS["ann"]}
         done = subprocess.run(
             ["node", "serving_client.mjs"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 
-from . import serving
 from .serving import TOKENS, running_server, token_hashes
 
 FLAGS = [
@@ -18,7 +17,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def browser():
 
 
 def test_a_person_chats_undoes_forks_and_sees_the_sizes(browser):
-    with serving.one_thread(), running_server(tokens=token_hashes()) as (url, _):
+    with running_server(tokens=token_hashes()) as (url, _):
         expect = pytest.importorskip("playwright.sync_api").expect
         page = browser.new_page(viewport={"width": 1100, "height": 700})
         problems = []

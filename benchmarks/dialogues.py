@@ -25,8 +25,8 @@ from tables import both_sources, dialogues_by_turn, dialogues_table
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from rxt_hf import RxTForCausalLM
-from rxt_hf.data.readers import read_episodes
-from rxt_hf.evaluation.memory import Dialogues, probes, sampled, teacher_forced
+from rxt_hf.data.readers import read_episodes, sampled
+from rxt_hf.evaluation.memory import Dialogues, probes, teacher_forced
 from rxt_hf.evaluation.speed import environment
 
 

@@ -25,13 +25,13 @@ from typing import Any
 
 import psutil
 import torch
+from demo.recall import FIRST_TEST_SEED
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import rxt_hf
 from rxt_hf import RxTSession, STMCache
 from rxt_hf.chat_template import encode_interactions
 from rxt_hf.data.facts import generate_dialogue
-from rxt_hf.evaluation.recall import FIRST_TEST_SEED
 from rxt_hf.evaluation.speed import environment
 
 

@@ -2,7 +2,7 @@
 """
 Recall of the demo, its controls and its baselines on held-out fact dialogues, greedy and closed loop.
 
-    python benchmarks/fact_recall.py --first-run DIR --full-history DIR --current-turn DIR --output fact_recall.json
+    PYTHONPATH=examples python benchmarks/fact_recall.py --first-run DIR --full-history DIR --current-turn DIR
 
 DIR are folders of `PYTHONPATH=examples python -m demo.train`: the demo's first run, to which `--arm full_history` and
 `--arm current_turn` are compared, since the demo was trained further than they were. Without them only the demo is
@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 import torch
+from demo.recall import FIRST_TEST_SEED, answer_perplexity, recall
 from tables import demo_baselines, recall_by_turns
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -21,7 +22,7 @@ import rxt_hf
 from rxt_hf.chat_template import encode_interactions
 from rxt_hf.data.collator import RxTEpisodeCollator
 from rxt_hf.data.facts import generate_dialogue
-from rxt_hf.evaluation.recall import FIRST_TEST_SEED, answer_perplexity, effective_rank, recall
+from rxt_hf.evaluation.memory import effective_rank
 from rxt_hf.evaluation.speed import environment
 
 # turns of a dialogue, and how many dialogues give a few hundred questions

@@ -2,7 +2,7 @@
 """
 Recall of the demo with weights, or the memory, in fewer bits; greedy and closed loop, as in fact_recall.py.
 
-    python benchmarks/quantized_recall.py --output benchmarks/results/quantized_recall.json
+    PYTHONPATH=examples python benchmarks/quantized_recall.py --output benchmarks/results/quantized_recall.json
 
 Weights in int8 need torchao, in nf4 bitsandbytes; an arm whose package is missing is left out. A memory in fewer bits
 is the worst case: it goes through a file of that dtype after every turn. About 3 minutes on one core.
@@ -19,13 +19,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from demo.recall import recall
 from fact_recall import DIALOGUES
 from tables import fewer_bits
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, TorchAoConfig
 
 import rxt_hf
 from rxt_hf import STMCache
-from rxt_hf.evaluation.recall import recall
 from rxt_hf.evaluation.speed import environment
 
 LENGTHS = (8, 16)

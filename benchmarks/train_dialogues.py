@@ -26,8 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from rxt_hf.chat_template import train_tokenizer
 from rxt_hf.configuration_rxt import RxTConfig
 from rxt_hf.data.batching import StepCollator, endless_batches
-from rxt_hf.data.readers import Episodes, cut_episode, said
-from rxt_hf.evaluation.memory import sampled
+from rxt_hf.data.readers import Episodes, cut_episode, said, sampled
 from rxt_hf.presets import PRESETS
 from rxt_hf.training.loop import CpuBudget, parse, train
 

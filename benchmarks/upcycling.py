@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from rxt_hf import Episodes
 from rxt_hf.convert import convert_tokenizer, fit_salience, from_llm
 from rxt_hf.convert.smollm2 import load_smollm2
-from rxt_hf.evaluation.memory import Dialogues, figures_of, sampled, teacher_forced
+from rxt_hf.data.readers import sampled
+from rxt_hf.evaluation.memory import Dialogues, figures_of, teacher_forced
 from rxt_hf.evaluation.speed import environment
 
 RESULTS = Path(__file__).parent / "results" / "upcycling.json"

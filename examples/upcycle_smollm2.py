@@ -19,6 +19,7 @@ import tempfile
 from itertools import islice
 
 import torch
+from demo.write import fact_dialogues
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
@@ -26,14 +27,14 @@ from rxt_hf import RxTEpisodeCollator, RxTSession
 from rxt_hf.convert import adapter_config, convert_tokenizer, fit_salience, from_llm
 from rxt_hf.convert.smollm2 import load_smollm2
 from rxt_hf.data.readers import Episodes, read_episodes, recall_masks
-from rxt_hf.evaluation.memory import fact_dialogues, token_losses
+from rxt_hf.evaluation.memory import token_losses
 from rxt_hf.hub import export
 
 
 def read(tokenizer, folder, split, number):
     """Encoded dialogues of a folder, or generated ones in which facts are told and asked for."""
     if folder is None:
-        dialogues = fact_dialogues(number, 4, first_seed={"train": 1_000_000, "test": 1_000}[split], split="train")
+        dialogues = fact_dialogues(number, turns=4, first_seed={"train": 1_000_000, "test": 1_000}[split])
     else:
         dialogues = islice(read_episodes(folder, split), number)
     return Episodes(tokenizer, dialogues, max_turns=6, max_tokens=96)

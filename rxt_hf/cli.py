@@ -276,8 +276,7 @@ def _convert(args: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from .convert import fit_salience
-    from .data.readers import Episodes
-    from .evaluation.memory import sampled
+    from .data.readers import Episodes, sampled
     from .hub import export, model_card
 
     logging.disable_progress_bar()

@@ -11,18 +11,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rxt_hf import DEMO
 from rxt_hf.chat_template import encode_interactions, train_tokenizer
 from rxt_hf.data import readers
-from rxt_hf.data.facts import corpus_texts
 from rxt_hf.evaluation import memory as evaluation
 from rxt_hf.evaluation import report as reporting
 from rxt_hf.evaluation.memory import (
     Dialogues,
+    by_bucket,
     closed_loop,
     evaluate_dialogues,
     gate_values,
-    linear_probes,
     look_inside,
     probes,
     teacher_forced,
@@ -303,30 +304,6 @@ def test_collapsed_unwritten_and_broken_memories_raise_an_alarm(tokenizer, dialo
     assert "not finite" in found["alarms"][-1] and "bleu" not in found
 
 
-def test_a_linear_probe_finds_what_is_in_the_memory_alone(model, tokenizer, monkeypatch):
-    def memories(values_in):
-        def by_turn(*_):
-            states = torch.randn(60, 2, 5, 32, generator=torch.Generator().manual_seed(0))
-            for turn in range(2):
-                told = states.clone()
-                if turn < values_in:
-                    told[:, 1, 0, : len(codes)] += 20 * F.one_hot(classes, len(codes))
-                yield told
-
-        return by_turn
-
-    _, values = evaluation._probing_dialogues("gym_day", 60)
-    codes = sorted(set(values))
-    classes = torch.tensor([codes.index(value) for value in values])
-    monkeypatch.setattr(evaluation, "_memories_by_turn", memories(1))
-    found = linear_probes(model, tokenizer, ["gym_day"], 60)["gym_day"]
-    assert found["held_out"] == 15 and found["values"] == len(codes)
-    assert found["accuracy"]["1"][0] == found["accuracy"]["all"][0] == 1.0
-    assert max(found["accuracy"]["0"] + found["accuracy"]["1"][1:]) < 0.6
-    counted = classes[:45].bincount()
-    assert found["majority"] == pytest.approx((classes[45:] == counted.argmax()).float().mean().item())
-
-
 def options(tmp_path, *arguments):
     parser = argparse.ArgumentParser()
     evaluation.add_arguments(parser)
@@ -375,16 +352,13 @@ def test_the_command_writes_figures_and_a_page_that_loads_nothing_and_escapes_al
     assert HOSTILE in page.text and "a<b>&c" in page.text and "It is {0} 7." in page.text and perplexity in page.text
 
 
-def test_without_data_facts_are_recalled_and_probed(tmp_path, capsys, monkeypatch):
-    for name, value in {"PROBED_ATTRIBUTES": ("gym_day",), "PROBED_DIALOGUES": 16, "FACT_TURNS": 2}.items():
-        monkeypatch.setattr(evaluation, name, value)
-    tokenizer = train_tokenizer(corpus_texts(50), vocab_size=500, max_length=96)
-    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=96)
-    evaluation.run(options(tmp_path, "--dialogues", "2", "--tokens", "40", "--inside", "1"), model, tokenizer)
-    found = json.loads((tmp_path / "eval.json").read_text())["sources"]["facts"]
-    assert set(found["recall"]) == {"own", "cleared", "shuffled"} and found["probes"] is None
-    assert len(found["linear_probes"]["gym_day"]["accuracy"]["all"]) == 4
-    assert "linear probes" in capsys.readouterr().out
+def test_without_data_the_demo_is_measured_on_its_test_set(tmp_path, capsys):
+    model, tokenizer = (auto.from_pretrained(DEMO) for auto in (AutoModelForCausalLM, AutoTokenizer))
+    evaluation.run(options(tmp_path, "--dialogues", "4", "--inside", "1"), model, tokenizer)
+    found = json.loads((tmp_path / "eval.json").read_text())["sources"]["demo"]
+    assert found["probes"]["own"]["contains"] > 0.9 and found["probes"]["cleared"]["contains"] < 0.1
+    assert found["recall_loss"]["own"]["all"][0] < 0.5 < 3 < found["recall_loss"]["cleared"]["all"][0]
+    assert "demo: probes, exact answers" in capsys.readouterr().out
 
 
 def test_a_missing_folder_is_refused_before_anything_is_measured(tmp_path):
@@ -394,14 +368,19 @@ def test_a_missing_folder_is_refused_before_anything_is_measured(tmp_path):
         evaluation.run(given, None, None)
 
 
-def test_facts_mark_the_values_that_are_asked_for():
-    asked = [
-        turn for dialogue in evaluation.fact_dialogues(20, 8) for turn in dialogue["interactions"] if turn["recall"]
-    ]
-    assert len(asked) > 20 and {turn["kind"] for turn in asked} == {"ask"}
-    for turn in asked:
-        ((start, end, distance),) = turn["recall"]
-        assert turn["answer"][start:end] == turn["value"] and distance == turn["distance"]
+def test_buckets_are_the_powers_of_two():
+    pairs = [(1, True), (2, False), (3, True), (4, False), (5, True), (8, True), (9, False), (16, False)]
+    pairs += [(17, True), (32, False), (32, False), (33, True), (64, True)]
+    assert by_bucket(iter(pairs)) == {
+        "1": [1.0, 1],
+        "2": [0.0, 1],
+        "3-4": [0.5, 2],
+        "5-8": [1.0, 2],
+        "9-16": [0.0, 2],
+        "17-32": [0.3333, 3],
+        "33-64": [1.0, 2],
+    }
+    assert by_bucket([]) == {}
 
 
 def test_charts_have_a_point_for_each_figure_and_leave_out_what_is_missing():

@@ -24,8 +24,8 @@ from rxt_hf.data.readers import (
     pack_texts,
     read_episodes,
     read_jsonl,
-    split_messages,
 )
+from rxt_hf.data.rows import split_messages
 from rxt_hf.training.run import _as_text
 
 from .models import tiny_model

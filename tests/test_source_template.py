@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from demo.recall import HistoryArm
 from jinja2 import TemplateError
 from tokenizers import AddedToken, normalizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -14,7 +15,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from rxt_hf.chat_template import CONTROL_TOKENS, CUT, ESCAPE, encode_chats, encode_interactions, encode_texts
 from rxt_hf.convert import adapter_config, convert_tokenizer, from_llm
 from rxt_hf.data.readers import Episodes, pack_texts
-from rxt_hf.evaluation.recall import HistoryArm
 from rxt_hf.serving.messages import Codec
 from rxt_hf.session import RxTSession, send_batch, tokenizer_fingerprint
 

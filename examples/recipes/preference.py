@@ -3,7 +3,7 @@
 Stage 5 on the demo: DPO against the model's own wrong answers, and what it changes in recall, stale answers and
 "You have not told me that yet.".
 
-    OMP_NUM_THREADS=1 python examples/recipes/preference.py --output_dir out
+    OMP_NUM_THREADS=1 PYTHONPATH=examples python examples/recipes/preference.py --output_dir out
 
 answers questions of training dialogues, keeps those that it got wrong (`out/pairs.json`), trains on them, and measures
 before and after on test dialogues (`out/result.json`). It resumes from the last checkpoint in `out`. Every argument of
@@ -18,13 +18,13 @@ from pathlib import Path
 from random import Random
 
 import torch
+from demo.recall import recall
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 import rxt_hf
 from rxt_hf.data.collator import RxTEpisodeCollator
 from rxt_hf.data.facts import MIX, UNKNOWN_ANSWER, generate_dialogue
-from rxt_hf.evaluation.recall import recall
 from rxt_hf.evaluation.speed import environment
 from rxt_hf.training.preference import (
     PreferenceArguments,

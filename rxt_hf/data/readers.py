@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -28,10 +29,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from ..chat_template import CONTROL_TOKENS, encode_chats, encode_texts, escape_texts, render_chats
-from .batching import bucket_by_turns as bucket_by_turns
-from .batching import endless_batches as endless_batches
 from .files import decode, parse_json, read_rows
-from .rows import split_messages as split_messages
 from .rows import to_episode
 
 logger = logging.get_logger(__name__)
@@ -124,6 +122,16 @@ def read_episodes(source: Any, split: str | None = None, *, skip_bad_rows: bool 
         episode = Episode(found)
         episode.place = place
         yield episode
+
+
+def sampled(
+    folder: str | os.PathLike, split: str, number: int | None, *, skip_bad_rows: bool = False
+) -> list[dict[str, Any]]:
+    """Returns `number` random dialogues of a split, the same ones every time, or all of them without a number."""
+    dialogues = list(read_episodes(folder, split, skip_bad_rows=skip_bad_rows))
+    if not dialogues:
+        raise ValueError(f"{folder} holds no dialogue in which something is answered.")
+    return dialogues if number is None else Random(0).sample(dialogues, min(number, len(dialogues)))
 
 
 def _split_file(path: Path, split: str | None) -> Path:

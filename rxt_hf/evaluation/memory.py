@@ -6,7 +6,7 @@ What a model's memory holds over dialogues, as figures and as one page to look a
 
 Everything is measured under three memories: the dialogue's `own`, a `cleared` one (the initial memory at every turn),
 and a `shuffled` one (that of another dialogue). What only `own` does well comes from remembering. Without `--data` the
-dialogues are those of `rxt_hf.data.facts`, with seeds that training never sees.
+dialogues are the test set of the demo, which training never sees.
 """
 
 import argparse
@@ -20,9 +20,8 @@ import re
 import shlex
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from random import Random
 from typing import Any, Literal, get_args
 
 import torch
@@ -30,26 +29,22 @@ from torch.nn import functional as F
 
 from ..cache_rxt import StateError
 from ..data.collator import RxTEpisodeCollator
-from ..data.facts import ATTRIBUTES, DialogueWriter, generate_dialogue
-from ..data.readers import Episodes, encode_turns, read_episodes
+from ..data.readers import Episodes, encode_turns, sampled
 from ..layers_rxt import upcast
 from ..memory_rxt import RxTResidualGate, filled_slots
 from ..modeling_rxt import RxTForCausalLM
-from .recall import FIRST_TEST_SEED, Control, by_bucket, effective_rank, recall
 from .report import page, tables
 from .rollout import GREEDY, answer, is_answered, play, texts
 from .speed import count, environment, markdown_table
 from .text_scores import corpus_bleu, word_ids
 
 Memory = Literal["own", "cleared", "shuffled"]
-CONTROLS: dict[Memory, Control] = {"own": "none", "cleared": "cleared_memory", "shuffled": "other_memory"}
+# the shipped model, whose folder holds a test set
+DEMO = Path(__file__).parent.parent / "demo"
 # turns since the word was last said
 DISTANCES = ((1, 1), (2, 2), (3, 4), (5, 8), (9, 1000))
 # rows of a batch; what is shuffled is shuffled within one
 ROWS = 16
-FACT_TURNS = 8
-PROBED_ATTRIBUTES = ("favourite_colour", "job", "gym_day")
-PROBED_DIALOGUES, PROBED_TURNS, RIDGE = 256, 4, 0.01
 # slots that are nearly one vector
 COLLAPSED_RANK = 1.5
 
@@ -81,43 +76,6 @@ def token_losses(model: RxTForCausalLM, batch: Mapping[str, torch.Tensor], memor
     hidden_states = inner.decode(embeds[is_read], read[is_read], mask[is_read])
     logits = model.lm_head(hidden_states[:, :-1][is_target[is_read]])
     return F.cross_entropy(upcast(logits), labels[..., 1:][is_target], reduction="none")
-
-
-def sampled(folder: str, split: str, number: int | None, *, skip_bad_rows: bool = False) -> list[dict[str, Any]]:
-    """Returns `number` random dialogues of a split, the same ones every time, or all of them without a number."""
-    dialogues = list(read_episodes(folder, split, skip_bad_rows=skip_bad_rows))
-    if not dialogues:
-        raise ValueError(f"{folder} holds no dialogue in which something is answered.")
-    return dialogues if number is None else Random(0).sample(dialogues, min(number, len(dialogues)))
-
-
-def fact_dialogues(
-    number: int, num_turns: int, *, first_seed: int = FIRST_TEST_SEED, split: str = "seen"
-) -> list[dict[str, Any]]:
-    """
-    Returns dialogues of `rxt_hf.data.facts`, by default the test dialogues that [`recall`] plays, with the values that
-    are asked for marked as recalled.
-    """
-    dialogues = []
-    for seed in range(first_seed, first_seed + number):
-        turns = generate_dialogue(seed, split=split, num_turns=num_turns)["interactions"]
-        dialogues.append({"interactions": [{**turn, "recall": _recalled_value(turn)} for turn in turns]})
-    return dialogues
-
-
-def _recalled_value(turn: Mapping[str, Any]) -> list[list[int]]:
-    found = turn["kind"] == "ask" and re.search(rf"(?<!\w){re.escape(turn['value'])}(?!\w)", turn["answer"])
-    return [[*found.span(), turn["distance"]]] if found else []
-
-
-def recalled_at(dialogues: Iterable[Mapping[str, Any]], low: int, high: int) -> Iterator[dict[str, Any]]:
-    """Yields the dialogues with only those recalled words that were last said `low` to `high` turns before."""
-    for dialogue in dialogues:
-        turns = [
-            turn | {"recall": [span for span in turn.get("recall") or [] if low <= span[2] <= high]}
-            for turn in dialogue["interactions"]
-        ]
-        yield {**dialogue, "interactions": turns}
 
 
 class Dialogues:
@@ -290,13 +248,30 @@ def probe_scores(asked: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> 
     }
 
 
-def fact_recall(model: RxTForCausalLM, tokenizer: Any, number: int) -> dict[str, Any]:
-    """Returns [`recall`] on `number` generated dialogues, for each memory."""
+def mean(values: list[bool]) -> float | None:
+    return round(sum(values) / len(values), 4) if values else None
+
+
+def by_bucket(pairs) -> dict[str, list]:
+    """[share correct, number] for the ranges 1, 2, 3-4, 5-8, 9-16, 17-32, 33-64."""
+    buckets = defaultdict(list)
+    for size, correct in pairs:
+        top = 1 << max(0, (size - 1).bit_length())
+        buckets[top].append(correct)
     return {
-        memory: recall(model, tokenizer, num_turns=FACT_TURNS, num_dialogues=number, control=control)
-        for memory, control in CONTROLS.items()
-        if memory != "shuffled" or number > 1
+        (f"{top // 2 + 1}-{top}" if top > 2 else str(top)): [mean(values), len(values)]
+        for top, values in sorted(buckets.items())
     }
+
+
+def effective_rank(states: torch.Tensor) -> list[float]:
+    """
+    Exponential of the entropy of the singular values of each memory layer's slots, mean over rows: 1 if all slots are
+    one vector, `num_memory_slots` if they are orthogonal and equally long (Roy and Vetterli, 2007).
+    """
+    values = torch.linalg.svdvals(states.double())
+    shares = values / values.sum(dim=-1, keepdim=True)
+    return torch.exp(-torch.special.xlogy(shares, shares).sum(dim=-1)).mean(dim=0).tolist()
 
 
 @contextlib.contextmanager
@@ -412,87 +387,6 @@ def alarms_of(inside: Mapping[str, Any], slots: int) -> list[str]:
     return found
 
 
-@torch.no_grad()
-def linear_probes(
-    model: RxTForCausalLM,
-    tokenizer: Any,
-    attributes: Sequence[str],
-    number: int,
-) -> dict[str, dict[str, Any]]:
-    r"""
-    Measures whether a linear map finds the value of an attribute in the memory, by ridge regression on one-hot values.
-    The value is stated in the first turn; later turns say other things.
-
-    Returns: for each attribute `majority` (the accuracy of the most frequent value), `values`, `held_out` (dialogues)
-    and `accuracy` by memory layer, and of `all`: one figure after each turn, on dialogues that the map has not seen.
-    """
-    found = {}
-    for attribute in attributes:
-        dialogues, values = _probing_dialogues(attribute, number)
-        names = sorted(set(values))
-        classes = torch.tensor([names.index(value) for value in values])
-        train, held_out = slice(0, number * 3 // 4), slice(number * 3 // 4, None)
-        one_hot = F.one_hot(classes, len(names))[train].double()
-        majority = int(classes[train].bincount().argmax())
-        accuracy: dict[str, list[float]] = defaultdict(list)
-        for states in _memories_by_turn(model, tokenizer, dialogues):
-            kernels = {str(layer): _kernel(part, train) for layer, part in enumerate(states.unbind(1))}
-            kernels["all"] = torch.stack(list(kernels.values())).sum(0)
-            for name, kernel in kernels.items():
-                scores = _ridge(kernel[train, train], one_hot, kernel[held_out, train])
-                accuracy[name].append((scores.argmax(-1) == classes[held_out]).double().mean().item())
-        found[attribute] = {
-            "values": len(names),
-            "held_out": len(classes[held_out]),
-            "majority": (classes[held_out] == majority).double().mean().item(),
-            "accuracy": dict(accuracy),
-        }
-    return found
-
-
-def _probing_dialogues(attribute: str, number: int) -> tuple[list[list[Mapping[str, Any]]], list[str]]:
-    dialogues, values = [], []
-    for seed in range(FIRST_TEST_SEED, FIRST_TEST_SEED + number):
-        writer = DialogueWriter(Random(f"{attribute}:{seed}"), "seen", 0.0, 0.15, len(ATTRIBUTES), False)
-        writer.names = (attribute,)
-        turns = [writer.state(0.0)]
-        values.append(str(turns[0]["value"]))
-        writer.names = tuple(ATTRIBUTES)
-        for writer.turn in range(1, PROBED_TURNS):
-            # nothing is overwritten or asked
-            turns.append(writer.next((0.6, 0.0, 0.0, 0.4), 0.0, 0.0))
-        dialogues.append(turns)
-    return dialogues, values
-
-
-def _memories_by_turn(model: RxTForCausalLM, tokenizer: Any, dialogues: list) -> Iterator[torch.Tensor]:
-    """Yields the states of all dialogues after each turn; only one turn's states are kept at a time."""
-    pad = RxTEpisodeCollator(tokenizer.pad_token_id)
-    states = list(model.model.initial_states(len(dialogues)).split(ROWS))
-    for number in range(PROBED_TURNS):
-        encoded = encode_turns(tokenizer, [turns[number] for turns in dialogues])
-        features = [{"input_ids": ids, "labels": labels} for ids, labels in encoded]
-        for place, old in enumerate(states):
-            batch = on_device(model, pad(features[place * ROWS : (place + 1) * ROWS]))
-            embeds = model.model.embed_tokens(batch["input_ids"])
-            states[place] = model.model.write(old, embeds, batch["attention_mask"])
-        yield torch.cat(states)
-
-
-def _kernel(features: torch.Tensor, train: slice) -> torch.Tensor:
-    """Returns the inner products of the rows, centred on the mean of the training rows."""
-    rows = upcast(features.flatten(1))
-    rows = rows - rows[train].mean(0)
-    return (rows @ rows.T).cpu().double()
-
-
-def _ridge(kernel: torch.Tensor, targets: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
-    """Ridge regression in its dual form, `K_test (K + a I)^-1 (Y - mean Y) + mean Y`, `a` in units of K's diagonal."""
-    mean = targets.mean(0)
-    ridge = RIDGE * kernel.diagonal().mean().clamp(min=torch.finfo(kernel.dtype).tiny)
-    return products @ torch.linalg.solve(kernel + ridge * torch.eye(len(kernel)), targets - mean) + mean
-
-
 def evaluate_dialogues(
     model: RxTForCausalLM,
     tokenizer: Any,
@@ -531,20 +425,12 @@ def evaluate(model: RxTForCausalLM, tokenizer: Any, options: argparse.Namespace)
     # what is not there should be found out before hours of measuring
     folders = {
         folder: sampled(folder, "test", options.dialogues, skip_bad_rows=options.skip_bad_rows)
-        for folder in options.data or []
+        for folder in options.data
     }
     sources: dict[str, Any] = {}
     for folder, dialogues in folders.items():
         name = Path(folder).name if Path(folder).name not in sources else folder
         sources[name] = evaluate_dialogues(model, tokenizer, dialogues, **limits)
-    if not folders:
-        dialogues = fact_dialogues(options.dialogues, FACT_TURNS)
-        sources["facts"] = found = evaluate_dialogues(model, tokenizer, dialogues, **limits)
-        try:
-            found["recall"] = fact_recall(model, tokenizer, options.dialogues)
-            found["linear_probes"] = linear_probes(model, tokenizer, PROBED_ATTRIBUTES, PROBED_DIALOGUES)
-        except StateError as error:
-            found["alarms"].append(str(error))
     return {
         "environment": environment(str(model.device)) | {"dtype": str(model.dtype).removeprefix("torch.")},
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -574,8 +460,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         nargs="+",
+        default=[str(DEMO)],
         metavar="FOLDER",
-        help="folders with the split test (default: generated dialogues about facts)",
+        help="folders with the split test, or files (default: the test set of the demo)",
     )
     parser.add_argument(
         "--dialogues", type=count, default=50, metavar="N", help="dialogues sampled per folder (default: 50)"

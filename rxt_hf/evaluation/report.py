@@ -58,15 +58,6 @@ def tables(report: Mapping[str, Any], source: str) -> list[tuple[str, list[list[
         (f"{source}: perplexity of true answers", by_memory("memory; turn", found["answer_perplexity"])),
         (f"{source}: loss on recalled words", by_memory("memory; nats, distance", found["recall_loss"])),
     ]
-    if recall := found.get("recall"):
-        asked = {
-            memory: {"all": [part["recall"], part["questions"]], **part["by_distance"]}
-            for memory, part in recall.items()
-        }
-        blocks.append((f"{source}: recall, closed loop", by_memory("memory; share correct, distance", asked)))
-        names = ("stale", "abstention", "chat")
-        others = [[memory, *(shown(part[name]) for name in names)] for memory, part in recall.items()]
-        blocks.append((f"{source}: other questions", [["memory", *names], *others]))
     if probes := found.get("probes"):
         asked = {
             memory: {"all": [part["exact"], part["questions"]], **part["exact_by_distance"]}
@@ -80,18 +71,6 @@ def tables(report: Mapping[str, Any], source: str) -> list[tuple[str, list[list[
         blocks.append(
             (f"{source}: greedy answers, closed loop", [["memory", f"BLEU, {bleu['answers']} answers"], *rows])
         )
-    if probed := found.get("linear_probes"):
-        turns = len(next(iter(probed.values()))["accuracy"]["all"])
-        head = ["attribute; after turn", *map(str, range(1, turns + 1)), "majority", "values", "held out"]
-        rows = [
-            [
-                name,
-                *map(shown, part["accuracy"]["all"]),
-                *(shown(part[key]) for key in ("majority", "values", "held_out")),
-            ]
-            for name, part in probed.items()
-        ]
-        blocks.append((f"{source}: linear probes of a value told in turn 1", [head, *rows]))
     return [(title, rows) for title, rows in blocks if len(rows[0]) > 1]
 
 
@@ -177,7 +156,6 @@ def _charts(found: Mapping[str, Any]) -> str:
     for title, x_title, part in (
         ("Perplexity of true answers", "turn", found["answer_perplexity"]),
         ("Loss on recalled words, nats", "turns since the word was said", found["recall_loss"]),
-        ("Recall", "distance", {name: part["by_distance"] for name, part in (found.get("recall") or {}).items()}),
         (
             "Probes",
             "distance",
@@ -189,13 +167,6 @@ def _charts(found: Mapping[str, Any]) -> str:
             for memory, figures in part.items()
         }
         charts.append(line_chart(title, series, x_title))
-    for name, part in (found.get("linear_probes") or {}).items():
-        series = {
-            layer if layer == "all" else f"layer {layer}": dict(zip(map(str, range(1, 1000)), figures, strict=False))
-            for layer, figures in part["accuracy"].items()
-        }
-        series["majority"] = dict.fromkeys(series["all"], part["majority"])
-        charts.append(line_chart(f"Linear probe of {name}, accuracy", series, "turn; told in turn 1"))
     return "".join(charts)
 
 

@@ -55,10 +55,8 @@ from ..data.batching import StepCollator, StepDataset, bucket_by_turns
 from ..data.collator import RxTEpisodeCollator, RxTPreTrainingCollator
 from ..data.facts import FIRST_TRAINING_SEED, generate_dialogue
 from ..data.files import read_object, read_text
-from ..data.readers import ENDINGS, Episodes, converted_rows, pack_texts, said
+from ..data.readers import ENDINGS, Episodes, converted_rows, pack_texts, said, sampled
 from ..data.rows import checked_text, to_episode
-from ..evaluation.memory import sampled
-from ..evaluation.recall import FIRST_TEST_SEED
 from ..hub import export, model_card
 from ..loading import load_whole, refuse_adapter
 from ..modeling_rxt import RxTForCausalLM
@@ -283,7 +281,7 @@ def dialogues_of(source: str, split: str, options: RunArguments) -> list[dict[st
     if source != FACTS:
         path = str(file_of(source, split))
         return sampled(path, split, options.number(split), skip_bad_rows=options.skip_bad_rows)
-    first = FIRST_TRAINING_SEED if split == "train" else FIRST_TEST_SEED
+    first = FIRST_TRAINING_SEED if split == "train" else 1_000
     seeds = range(first, first + (options.number(split) or 1000))
     return [dict(generate_dialogue(seed, num_turns=options.turns)) for seed in seeds]
 

@@ -6,16 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from demo import recall as evaluation
+from demo.recall import HistoryArm, RxTArm, answer_perplexity, main, make_arm, recall
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rxt_hf.chat_template import encode_interactions, train_tokenizer
 from rxt_hf.data.collator import RxTEpisodeCollator
 from rxt_hf.data.facts import UNKNOWN_ANSWER, corpus_texts, generate_dialogue
-from rxt_hf.evaluation import recall as evaluation
-from rxt_hf.evaluation.recall import HistoryArm, RxTArm, answer_perplexity, by_bucket, main, make_arm, recall
 from rxt_hf.session import RxTSession
 
-from .models import tiny_model
+from ..models import tiny_model
 
 # turns of three conversations
 QUERIES = [
@@ -109,21 +109,6 @@ def test_recall_is_told_by_distance_and_by_number_of_facts(play):
     assert [result["by_distance"][name][1] for name in ("1", "2")] == near
     alone = [turn["distance"] <= 2 for turn in asked if turn["live_facts"] == 1]
     assert result["by_live_facts"]["1"] == [pytest.approx(sum(alone) / len(alone), abs=1e-4), len(alone)]
-
-
-def test_buckets_are_the_powers_of_two():
-    pairs = [(1, True), (2, False), (3, True), (4, False), (5, True), (8, True), (9, False), (16, False)]
-    pairs += [(17, True), (32, False), (32, False), (33, True), (64, True)]
-    assert by_bucket(iter(pairs)) == {
-        "1": [1.0, 1],
-        "2": [0.0, 1],
-        "3-4": [0.5, 2],
-        "5-8": [1.0, 2],
-        "9-16": [0.0, 2],
-        "17-32": [0.3333, 3],
-        "33-64": [1.0, 2],
-    }
-    assert by_bucket([]) == {}
 
 
 def test_shares_of_no_questions_are_none(model, tokenizer):

@@ -3,24 +3,24 @@
 Recall of facts over turns in closed loop: the memory, or the history, holds the model's own answers. Answers are
 greedy, or sampled at temperature 1 from the whole vocabulary, as reinforcement learning samples them.
 
-    python -m rxt_hf.evaluation.recall MODEL --split seen --turns 8 --dialogues 100
+    PYTHONPATH=examples python -m demo.recall MODEL --split seen --turns 8 --dialogues 100
 """
 
 import argparse
 import json
 import math
-from collections import defaultdict
 from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from ..cache_rxt import STMCache
-from ..chat_template import encode_interactions
-from ..data.collator import RxTEpisodeCollator
-from ..data.facts import generate_dialogue, score_answer
-from ..modeling_rxt import RxTForCausalLM
-from .rollout import GREEDY, SAMPLED, answer
+from rxt_hf.cache_rxt import STMCache
+from rxt_hf.chat_template import encode_interactions
+from rxt_hf.data.collator import RxTEpisodeCollator
+from rxt_hf.data.facts import generate_dialogue, score_answer
+from rxt_hf.evaluation.memory import by_bucket, mean
+from rxt_hf.evaluation.rollout import GREEDY, SAMPLED, answer
+from rxt_hf.modeling_rxt import RxTForCausalLM
 
 FIRST_TEST_SEED = 1_000
 Control = Literal["none", "other_memory", "cleared_memory"]
@@ -152,22 +152,6 @@ def recall(
     }
 
 
-def mean(values: list[bool]) -> float | None:
-    return round(sum(values) / len(values), 4) if values else None
-
-
-def by_bucket(pairs) -> dict[str, list]:
-    """[share correct, number] for the ranges 1, 2, 3-4, 5-8, 9-16, 17-32, 33-64."""
-    buckets = defaultdict(list)
-    for size, correct in pairs:
-        top = 1 << max(0, (size - 1).bit_length())
-        buckets[top].append(correct)
-    return {
-        (f"{top // 2 + 1}-{top}" if top > 2 else str(top)): [mean(values), len(values)]
-        for top, values in sorted(buckets.items())
-    }
-
-
 @torch.no_grad()
 def answer_perplexity(
     model: Any,
@@ -199,16 +183,6 @@ def answer_perplexity(
         total += torch.nn.functional.cross_entropy(logits[real], labels[real], reduction="sum").item()
         count += int(real.sum())
     return math.exp(total / count)
-
-
-def effective_rank(states: torch.Tensor) -> list[float]:
-    """
-    Exponential of the entropy of the singular values of each memory layer's slots, mean over rows: 1 if all slots are
-    one vector, `num_memory_slots` if they are orthogonal and equally long (Roy and Vetterli, 2007).
-    """
-    values = torch.linalg.svdvals(states.double())
-    shares = values / values.sum(dim=-1, keepdim=True)
-    return torch.exp(-torch.special.xlogy(shares, shares).sum(dim=-1)).mean(dim=0).tolist()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -46,7 +46,8 @@ MODEL: dict[str, Any] = {
     "num_memory_slots": 24,
     "memory_attention_type": "simple",
 }
-# by name: fields of the configuration, or the stages before stage 4 with their shares of the steps
+# by name: fields of the configuration, the writes that gradients flow back through, or the stages before stage 4 with
+# their shares of the steps
 OPTIONS: dict[str, dict[str, Any]] = {
     "base": {},
     "stages 1 + 2": {"stages": {"pretraining": 0.035, "finetuning": 0.035}},
@@ -138,10 +139,11 @@ def train(model: Any, stage: str, data: Dataset, folder: str, seed: int) -> None
 def trained(tokenizer: Any, option: dict[str, Any], episodes: list[list[dict]], seed: int) -> tuple[Any, float]:
     """The model, and the CPU seconds that it took."""
     stages = option.get("stages", {})
-    fields = {name: value for name, value in option.items() if name != "stages"}
+    fields = {name: value for name, value in option.items() if name not in ("stages", "bptt_turns")}
     config = RxTConfig(**MODEL | fields | {"vocab_size": len(tokenizer)})
     torch.manual_seed(seed)
     model = RxTForPreTraining(config) if stages else RxTForCausalLM(config)
+    model.set_bptt_turns(option.get("bptt_turns"))
     # at these sizes plain matrix products in bfloat16 are the fastest attention on a CPU
     model.set_attn_implementation("eager")
     plain = RxTEpisodeCollator(tokenizer.pad_token_id)

@@ -85,7 +85,7 @@ class Step:
     def run(self, turns: int) -> dict[str, float]:
         self.model.train()
         if self.is_episode:
-            self.model.config.bptt_turns = self.depth
+            self.model.set_bptt_turns(self.depth)
         if self.recompute:
             self.model.activation_checkpointing_enable({"use_reentrant": self.recompute == "reentrant"})
         else:

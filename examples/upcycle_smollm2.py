@@ -79,7 +79,7 @@ def main() -> None:
     found = [nats(model, tokenizer, test)]
 
     # each turn is learned under the memory of those before it, which is computed without a gradient
-    model.config.bptt_turns = 0
+    model.set_bptt_turns(0)
     adapted = get_peft_model(model, adapter_config(model, tokenizer))
     arguments = TrainingArguments(
         tempfile.gettempdir(),

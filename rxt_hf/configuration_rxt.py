@@ -19,7 +19,27 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
-from transformers.utils import auto_docstring
+from transformers.utils import auto_docstring, logging
+
+logger = logging.get_logger(__name__)
+
+# settings of training, which files of version 0.1.0 hold: what they were without being set, and where they are now
+TRAINING_FIELDS = {
+    "bptt_turns": (None, "given to RxTForCausalLM.set_bptt_turns"),
+    "mlm_loss_coef": (0.5, "an argument of RxTForPreTraining"),
+    "memory_noise_std": (0.2, "an argument of RxTForPreTraining"),
+}
+
+
+def set_peft_defaults(model_type: str) -> None:
+    """
+    Gives PEFT the targets of Llama, whose names the projections have, as the defaults of `model_type`. Does nothing
+    as long as PEFT is not imported.
+    """
+    constants = sys.modules.get("peft.utils.constants")
+    for name, mapping in list(vars(constants).items()) if constants else []:
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in mapping:
+            mapping.setdefault(model_type, mapping["llama"])
 
 
 @auto_docstring(checkpoint="rxt-hf/rxt-tiny-facts")
@@ -31,76 +51,91 @@ class RxTConfig(PreTrainedConfig):
     interaction into it. Names shared with [`LlamaConfig`] mean the same here; the others are:
 
     Args:
-        max_position_embeddings (`int`): longest interaction in tokens, query and answer together.
+        > The decoder, as a Llama
+
         head_dim (`int`, *optional*): size of a head (default: `hidden_size // num_attention_heads`). Fewer query heads
             at an unchanged `head_dim` are Sparse Query Attention (arXiv 2510.01817).
+        max_position_embeddings (`int`): longest interaction in tokens, query and answer together.
         attention_bias (`bool`): biases of the q, k and v projections.
         attention_output_bias (`bool`): biases of the o projections.
         use_qk_norm (`bool`): RMSNorm over `head_dim` of queries and keys before the rotation, in the decoder's
             self-attention and the memory encoder.
-        use_gated_attention (`bool`): multiplies the output of the heads by `sigmoid(gate_proj(x))`, where `x` is the
-            input of the queries.
-        use_gated_cross_attention (`bool`, *optional*): the same gate in the memory cross-attention (default:
-            `use_gated_attention`).
-        use_gated_memory_encoder_attention (`bool`, *optional*): the same gate in the memory encoder (default:
-            `use_gated_attention`).
         sliding_window (`int`, *optional*): tokens that a layer of type `"sliding_attention"` looks back.
         layer_types (`list[str]`, *optional*): `"full_attention"` or `"sliding_attention"` for each decoder layer.
         no_rope_layers (`list[int]`, *optional*): decoder layers whose self-attention does not rotate.
-        use_final_norm (`bool`): norm before the language-model head.
-        lm_head_bias (`bool`): bias of the language-model head.
+
+        > Its experts
+
         num_experts (`int`): experts of the decoder's feed-forward; 0 is dense.
-        moe_layers (`list[int]`, *optional*): decoder layers with experts (default: all).
-        num_shared_experts (`int`): experts that every token passes; a softmax gate mixes several.
-        shared_expert_intermediate_size (`int`, *optional*): width of a shared expert (default:
-            `moe_intermediate_size`).
-        use_weighted_shared_experts (`bool`): scales routed and shared output by their share of the experts in use.
+
+        > The memory: its size and its start
+
         num_memory_slots (`int`): slots of each memory layer.
         memory_layers (`list[int]`, *optional*): decoder layers that read the memory, in order (default: all). The
             memory has one layer for each.
         memory_init (`str`): the memory before the first interaction: `"learned"`, `"random"` (normal, the paper's
             choice) or `"zeros"`.
         memory_init_std (`float`): standard deviation of the random memory, and of the learned one before training.
+
+        > The memory: how it is read
+
         memory_reading (`str`): how a decoder layer reads its memory. `"cross_attention"` (the paper's form) is an
             attention of its own. `"joint"` (ours) makes slots further keys and values of the layer's self-attention,
             with its norm and projections, in one softmax with the turn's tokens.
         memory_positions (`str`): places of slots that are read jointly: `"none"` leaves their keys unrotated, `"rank"`
             rotates them by their rank in time, with the turn's tokens after the last slot.
-        memory_encoding (`str`): how a finished interaction is encoded. `"encoder"` (the paper's form): by
-            bidirectional
-            layers of its own, whose outputs are written. The others (ours) write the inputs of the decoder's layers:
-            `"decoder"` reads the interaction once more without a memory, all turns of an episode at once;
-            `"decoder_in_passing"` keeps the states that the decoder computed while it read its memory and answered.
-        memory_writing (`str`): how the memory is written. `"attention"` (the paper's form): by memory attention and
-            gates. `"selection"` (ours): slots are copies of encoded tokens, and the most salient stay, see
-            `RxTMemorySelection`.
-        memory_encoder_intermediate_size (`int`, *optional*): feed-forward width of the memory encoder (default:
-            `intermediate_size`).
+        cross_attention_num_attention_heads (`int`, *optional*): query heads of the memory cross-attention.
+        cross_attention_num_key_value_heads (`int`, *optional*): key and value heads of the memory cross-attention.
         cross_attention_zero_init (`bool`): starts the output of the memory cross-attention at zero, so that a model
             that has just been given a memory computes what it did without.
         cross_attention_head_gate (`bool`): a gate `tanh(g)` for each head of the memory cross-attention, closed before
             training.
+
+        > The memory: how an interaction is encoded
+
+        memory_encoding (`str`): how a finished interaction is encoded. `"encoder"` (the paper's form): by
+            bidirectional layers of its own, whose outputs are written. The others (ours) write the inputs of the
+            decoder's layers: `"decoder"` reads the interaction once more without a memory, all turns of an episode at
+            once; `"decoder_in_passing"` keeps the states that the decoder computed while it read its memory and
+            answered.
+        memory_encoder_intermediate_size (`int`, *optional*): feed-forward width of the memory encoder (default:
+            `intermediate_size`).
+        memory_encoder_num_attention_heads (`int`, *optional*): query heads of the memory encoder.
+        memory_encoder_num_key_value_heads (`int`, *optional*): key and value heads of the memory encoder.
+
+        > The memory: how it is written
+
+        memory_writing (`str`): how the memory is written. `"attention"` (the paper's form): by memory attention and
+            gates. `"selection"` (ours): slots are copies of encoded tokens, and the most salient stay, see
+            `RxTMemorySelection`.
         memory_attention_type (`str`): what the memory attends to before it is written: `"simple"` (nothing), `"self"`
             (its own layer), `"interlayer"` (the mean of all layers) or `"self_interlayer"` (a gated mix of the two).
+        memory_attention_num_attention_heads (`int`, *optional*): query heads of the write and of `"self"`.
+        memory_attention_num_key_value_heads (`int`, *optional*): key and value heads of the write and of `"self"`.
+        interlayer_attention_num_attention_heads (`int`, *optional*): query heads of the attention to other layers.
+        interlayer_attention_num_key_value_heads (`int`, *optional*): key and value heads of that attention.
         memory_gate_type (`str`): `"static"`, `"elementwise"` or `"linear"`, see `RxTResidualGate`.
         memory_gate_status (`str`): input of the gate from a slot: `"mean"`, `"linear"` or `"slot"`.
         memory_gate_granularity (`str`): one gate for each `"layer"`, `"slot"` or `"element"`.
         memory_gate_activation (`str`): `"sigmoid"`, `"tanh"` or `"none"` (a plain sum).
         memory_gate_init (`float`): parameter or bias of the gate before training; a negative one keeps more than it
             writes.
-        memory_encoder_num_attention_heads (`int`, *optional*): query heads of the memory encoder.
-        memory_encoder_num_key_value_heads (`int`, *optional*): key and value heads of the memory encoder.
-        cross_attention_num_attention_heads (`int`, *optional*): query heads of the memory cross-attention.
-        cross_attention_num_key_value_heads (`int`, *optional*): key and value heads of the memory cross-attention.
-        memory_attention_num_attention_heads (`int`, *optional*): query heads of the write and of `"self"`.
-        memory_attention_num_key_value_heads (`int`, *optional*): key and value heads of the write and of `"self"`.
-        interlayer_attention_num_attention_heads (`int`, *optional*): query heads of the attention to other layers.
-        interlayer_attention_num_key_value_heads (`int`, *optional*): key and value heads of that attention.
-        bptt_turns (`int`, *optional*): writes that gradients flow back through in training: every `bptt_turns`-th
-            write
-            starts from a detached memory (default: all; 0: none, and interactions are encoded without a gradient).
-        mlm_loss_coef (`float`): weight of the memory encoder's masked-token loss in [`RxTForPreTraining`].
-        memory_noise_std (`float`): noise on the memory in [`RxTForPreTraining`], as a share of its size.
+
+        > Set by [`convert.from_rxlm`] for checkpoints of RxT's authors; new models leave them as they are
+
+        use_gated_attention (`bool`): multiplies the output of the heads by `sigmoid(gate_proj(x))`, where `x` is the
+            input of the queries.
+        use_gated_cross_attention (`bool`, *optional*): the same gate in the memory cross-attention (default:
+            `use_gated_attention`).
+        use_gated_memory_encoder_attention (`bool`, *optional*): the same gate in the memory encoder (default:
+            `use_gated_attention`).
+        use_final_norm (`bool`): norm before the language-model head.
+        lm_head_bias (`bool`): bias of the language-model head.
+        moe_layers (`list[int]`, *optional*): decoder layers with experts (default: all).
+        num_shared_experts (`int`): experts that every token passes; a softmax gate mixes several.
+        shared_expert_intermediate_size (`int`, *optional*): width of a shared expert (default:
+            `moe_intermediate_size`).
+        use_weighted_shared_experts (`bool`): scales routed and shared output by their share of the experts in use.
 
     Example:
 
@@ -159,62 +194,65 @@ class RxTConfig(PreTrainedConfig):
     }
     attribute_map = {"num_local_experts": "num_experts"}
 
+    # Grouped as in the docstring. Fields that transformers describes come first in a group, so that the headings of
+    # what `auto_docstring` makes of it stand where they belong.
+
+    # the decoder, as a Llama
     vocab_size: int = 32000
     hidden_size: int = 256
     intermediate_size: int = 768
     num_hidden_layers: int = 4
     num_attention_heads: int = 8
     num_key_value_heads: int | None = None
-    head_dim: int | None = None
     hidden_act: str = "silu"
-    max_position_embeddings: int = 1024
     initializer_range: float | int = 0.02
     rms_norm_eps: float | int = 1e-6
     rope_parameters: RopeParameters | dict | None = None
-    attention_bias: bool = False
-    attention_output_bias: bool = False
     attention_dropout: float | int = 0.0
     mlp_bias: bool = False
-    use_qk_norm: bool = False
-    use_gated_attention: bool = False
-    use_gated_cross_attention: bool | None = None
-    use_gated_memory_encoder_attention: bool | None = None
-    sliding_window: int | None = None
-    layer_types: list[str] | None = None
-    no_rope_layers: list[int] | None = None
-    use_final_norm: bool = True
-    lm_head_bias: bool = False
     tie_word_embeddings: bool = True
     use_cache: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
+    head_dim: int | None = None
+    max_position_embeddings: int = 1024
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    use_qk_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+    no_rope_layers: list[int] | None = None
 
-    num_experts: int = 0
+    # its experts
     num_experts_per_tok: int = 2
     moe_intermediate_size: int | None = None
-    moe_layers: list[int] | None = None
-    num_shared_experts: int = 0
-    shared_expert_intermediate_size: int | None = None
-    use_weighted_shared_experts: bool = False
     router_aux_loss_coef: float | int = 0.01
     output_router_logits: bool = False
+    num_experts: int = 0
 
+    # the memory: its size and its start
     num_memory_slots: int = 64
     memory_layers: list[int] | None = None
     memory_init: Literal["learned", "random", "zeros"] = "learned"
     memory_init_std: float | int = 1.0
+
+    # the memory: how it is read
     memory_reading: Literal["cross_attention", "joint"] = "cross_attention"
     memory_positions: Literal["none", "rank"] = "none"
-    memory_encoding: Literal["encoder", "decoder", "decoder_in_passing"] = "encoder"
-    memory_writing: Literal["attention", "selection"] = "attention"
-    memory_encoder_intermediate_size: int | None = None
-    memory_encoder_num_attention_heads: int | None = None
-    memory_encoder_num_key_value_heads: int | None = None
     cross_attention_num_attention_heads: int | None = None
     cross_attention_num_key_value_heads: int | None = None
     cross_attention_zero_init: bool = False
     cross_attention_head_gate: bool = False
+
+    # the memory: how an interaction is encoded
+    memory_encoding: Literal["encoder", "decoder", "decoder_in_passing"] = "encoder"
+    memory_encoder_intermediate_size: int | None = None
+    memory_encoder_num_attention_heads: int | None = None
+    memory_encoder_num_key_value_heads: int | None = None
+
+    # the memory: how it is written
+    memory_writing: Literal["attention", "selection"] = "attention"
     memory_attention_type: Literal["simple", "self", "interlayer", "self_interlayer"] = "interlayer"
     memory_attention_num_attention_heads: int | None = None
     memory_attention_num_key_value_heads: int | None = None
@@ -226,11 +264,21 @@ class RxTConfig(PreTrainedConfig):
     memory_gate_activation: Literal["sigmoid", "tanh", "none"] = "sigmoid"
     memory_gate_init: float | int = -1.0
 
-    bptt_turns: int | None = None
-    mlm_loss_coef: float | int = 0.5
-    memory_noise_std: float | int = 0.2
+    # what convert.from_rxlm sets
+    use_gated_attention: bool = False
+    use_gated_cross_attention: bool | None = None
+    use_gated_memory_encoder_attention: bool | None = None
+    use_final_norm: bool = True
+    lm_head_bias: bool = False
+    moe_layers: list[int] | None = None
+    num_shared_experts: int = 0
+    shared_expert_intermediate_size: int | None = None
+    use_weighted_shared_experts: bool = False
 
     def __post_init__(self, **kwargs):
+        for name, (default, place) in TRAINING_FIELDS.items():
+            if (value := kwargs.pop(name, default)) != default:
+                logger.warning_once(f"{name}={value} of a configuration has no effect any more: it is {place}.")
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads is None:
@@ -262,13 +310,14 @@ class RxTConfig(PreTrainedConfig):
         # TRL reads it of every model that is not in transformers' namespace; empty, it is not saved
         self.__dict__.setdefault("auto_map", {})
 
+    def __setattr__(self, key, value):
+        if key in TRAINING_FIELDS:
+            raise AttributeError(f"{key} is no field of the configuration: it is {TRAINING_FIELDS[key][1]}.")
+        super().__setattr__(key, value)
+
     def to_dict(self) -> dict[str, Any]:
-        # PEFT reads this right before it looks up the default targets of a model type, whichever was imported first.
-        # The projections are named as Llama's, so its defaults hold; PEFT itself is never imported here.
-        constants = sys.modules.get("peft.utils.constants")
-        for name, mapping in list(vars(constants).items()) if constants else []:
-            if name.startswith("TRANSFORMERS_MODELS_TO_") and "llama" in mapping:
-                mapping.setdefault(self.model_type, mapping["llama"])
+        # PEFT reads this right before it looks up the default targets of a model type, whichever was imported first
+        set_peft_defaults(self.model_type)
         fields = super().to_dict()
         if not fields.get("auto_map"):
             fields.pop("auto_map", None)
@@ -293,9 +342,7 @@ class RxTConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.bptt_turns is not None and self.bptt_turns < 0:
-            raise ValueError(f"bptt_turns must not be negative, or None for all turns, got {self.bptt_turns}.")
-        for name in ("memory_init_std", "num_experts", "num_shared_experts", "mlm_loss_coef", "memory_noise_std"):
+        for name in ("memory_init_std", "num_experts", "num_shared_experts"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if "sliding_attention" in self.layer_types and not self.sliding_window:

@@ -27,6 +27,9 @@ from .cache_rxt import STMCache
 class RxTEpisodeMixin:
     """The part of [`RxTModel`] that handles episodes."""
 
+    # a setting of training, as gradient_checkpointing is, see RxTForCausalLM.set_bptt_turns
+    bptt_turns: int | None = None
+
     def read_episode(
         self: Any,
         inputs_embeds: torch.Tensor,
@@ -76,8 +79,7 @@ class RxTEpisodeMixin:
 
     def _carried(self: Any, states, turn):
         """Returns the memory that the write of a turn starts from, detached at every `bptt_turns`-th turn."""
-        bptt_turns = self.config.bptt_turns
-        ends = bptt_turns == 0 or (bptt_turns and turn and turn % bptt_turns == 0)
+        ends = self.bptt_turns == 0 or (self.bptt_turns and turn and turn % self.bptt_turns == 0)
         return states.detach() if ends else states
 
     def read_states(
@@ -113,6 +115,20 @@ class RxTEpisodeMixin:
 
 class RxTCausalEpisodeMixin:
     """The part of [`RxTForCausalLM`] that handles episodes."""
+
+    def set_bptt_turns(self: Any, bptt_turns: int | None) -> None:
+        """
+        Sets how many writes gradients flow back through in training. It is a setting of this object, and not saved.
+
+        Args:
+            bptt_turns (`int`, *optional*): every `bptt_turns`-th write starts from a detached memory. `None`, as at
+                the start, goes through all; with 0, interactions are also encoded without a gradient.
+
+        Raises: `ValueError` for a negative number.
+        """
+        if bptt_turns is not None and bptt_turns < 0:
+            raise ValueError(f"bptt_turns must not be negative, or None for all turns, got {bptt_turns}.")
+        self.model.bptt_turns = bptt_turns
 
     def episode_fields(
         self: Any,

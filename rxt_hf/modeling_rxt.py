@@ -526,7 +526,7 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
         `memory_encoding="decoder_in_passing"` needs `memory_states`, the memory that these turns read.
         """
         # CODEPATH: converted language models train without a gradient here, RxT presets with one
-        has_gradient = torch.is_grad_enabled() and self.config.bptt_turns != 0
+        has_gradient = torch.is_grad_enabled() and self.bptt_turns != 0
         # the input of the first layer is the embedding itself
         inputs_embeds = inputs_embeds if has_gradient else inputs_embeds.detach()
         with torch.set_grad_enabled(has_gradient):

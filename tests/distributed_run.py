@@ -111,6 +111,8 @@ def trainer_for(stage, start, folder, wrapper="none", **arguments):
         return PreferenceTrainer(model, args, train_dataset=rows_of(stage), **options)
     args = TrainingArguments(str(folder), **settings)
     model = set_training_stage(STAGES[stage][0].from_pretrained(start, **of_model), stage)
+    # which is another in each process
+    model.memory_noise_std = 0.0
     return Trainer(model, args, train_dataset=rows_of(stage), data_collator=collator_for(stage))
 
 

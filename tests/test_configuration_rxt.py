@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from rxt_hf import RxTConfig, RxTForCausalLM
+from rxt_hf import RxTConfig, RxTForCausalLM, RxTForPreTraining
 
 from .models import tiny_config
 
@@ -64,6 +64,21 @@ def test_a_dense_configuration_has_no_balancing_loss_whatever_its_file_says(tmp_
     old = json.loads((tmp_path / "config.json").read_text()) | {"router_aux_loss_coef": 0.01}
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert RxTConfig.from_pretrained(tmp_path).router_aux_loss_coef == 0.0
+
+
+def test_settings_of_training_in_an_old_file_are_dropped_by_name_and_cannot_be_set(tmp_path, caplog):
+    old = {"bptt_turns": 3, "mlm_loss_coef": 0.5, "memory_noise_std": 0.1}
+    config = RxTConfig.from_dict(tiny_config().to_dict() | old)
+    assert config.to_dict() == tiny_config().to_dict()
+    # what it was by default means nothing
+    assert [record.message.split("=")[0] for record in caplog.records] == ["bptt_turns", "memory_noise_std"]
+    assert "set_bptt_turns" in caplog.text and "RxTForPreTraining" in caplog.text
+    with pytest.raises(AttributeError, match=r"bptt_turns is no field .*set_bptt_turns"):
+        config.bptt_turns = 0
+    with pytest.raises(ValueError, match=r"bptt_turns must not be negative, .*got -1"):
+        RxTForCausalLM(config).set_bptt_turns(-1)
+    with pytest.raises(ValueError, match="mlm_loss_coef must not be negative, got -1"):
+        RxTForPreTraining(config, mlm_loss_coef=-1)
 
 
 def test_the_auto_map_is_there_is_not_shared_and_is_saved_only_if_it_says_something(tmp_path):

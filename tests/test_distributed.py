@@ -27,10 +27,10 @@ WRAPPED = {
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """The model that all runs start from; noise of the stages before dialogues would be another in each process."""
+    """The model that all runs start from."""
     folder = tmp_path_factory.mktemp("start")
     experts = {"num_experts": 3, "moe_intermediate_size": 16, "moe_layers": [1], "output_router_logits": True}
-    tiny_model(memory_noise_std=0.0, router_aux_loss_coef=0.5, **experts).save_pretrained(folder)
+    tiny_model(router_aux_loss_coef=0.5, **experts).save_pretrained(folder)
     return folder
 
 

@@ -36,9 +36,11 @@ LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def model_of(form, **options):
+def model_of(form, bptt_turns=None, **options):
     sizes = {"num_hidden_layers": 3, "num_key_value_heads": 2, "num_memory_slots": SLOTS, "memory_init": "zeros"}
-    return tiny_model(**(sizes | form | options))
+    model = tiny_model(**(sizes | form | options))
+    model.set_bptt_turns(bptt_turns)
+    return model
 
 
 def memory_of(model, filled, batch_size=2, seed=99):
@@ -503,7 +505,7 @@ def test_without_turns_to_go_back_no_gradient_passes_through_the_memory(form):
         assert bool(embeds.grad[:, :3].abs().max() > 0) == has_gradient
         assert embeds.grad[:, 3].abs().max() > 0
     for model, has_gradient in ((through, True), (cut, False)):
-        learned = model_of(form, memory_init="learned", bptt_turns=model.config.bptt_turns).train()
+        learned = model_of(form, memory_init="learned", bptt_turns=model.model.bptt_turns).train()
         _, gradients = gradients_of(learned, ids, labels=labels)
         gradient = gradients["model.initial_memory"]
         is_learned = gradient is not None and bool(gradient.abs().max() > 0)
@@ -561,7 +563,6 @@ def test_a_configuration_of_before_has_the_papers_forms():
     config = RxTConfig.from_dict({"model_type": "rxt", "hidden_size": 32, "num_attention_heads": 4})
     forms = [config.memory_reading, config.memory_positions, config.memory_encoding, config.memory_writing]
     assert forms == list(FORMS[0].values())
-    assert config.bptt_turns is None
 
 
 @each_form

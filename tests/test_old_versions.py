@@ -69,6 +69,8 @@ def test_an_adapter_answers_as_it_did(model):
 
 
 def test_an_episode_has_the_loss_and_the_gradient_that_it_had(model):
+    # a field of the configuration then
+    model.set_bptt_turns(2)
     ids = torch.tensor([EXPECTED["first"] * 2])
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()

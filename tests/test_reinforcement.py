@@ -207,7 +207,8 @@ def test_loss_of_fresh_samples_is_the_mean_advantage_and_padding_changes_nothing
 def test_an_advantage_of_the_last_turn_trains_what_the_first_turn_wrote(tokenizer, tmp_path):
     gradients = []
     for bptt_turns in (None, 1):
-        model, batch = tiny_model(bptt_turns=bptt_turns), sampled_batch()
+        model, batch = tiny_model(), sampled_batch()
+        model.set_bptt_turns(bptt_turns)
         batch["advantages"] = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
         trainer_for(model, tokenizer, tmp_path).compute_loss(model, batch).backward()
         gradients.append(model.model.initial_memory.grad)

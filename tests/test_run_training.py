@@ -13,8 +13,20 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
-from rxt_hf.training.run import RUN_NAME, STAGE_NAMES, add_arguments, check, in_batches, parse, run
+from rxt_hf.training.run import (
+    RUN_NAME,
+    STAGE_NAMES,
+    RunArguments,
+    add_arguments,
+    check,
+    in_batches,
+    load_model,
+    parse,
+    run,
+)
 from rxt_hf.training.stages import STAGES
+
+from .models import tiny_config
 
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes" / "curriculum"
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_memory_slots": 6}
@@ -52,6 +64,15 @@ def train(stage, folder, *words, **fields):
 def losses(folder):
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+def test_settings_of_training_reach_the_model():
+    settings = {"bptt_turns": 4, "mlm_loss_coef": 0.7, "memory_noise_std": 0.1}
+    model = load_model("pretraining", RunArguments(**settings), None, tiny_config())
+    assert (model.model.bptt_turns, model.mlm_loss_coef, model.memory_noise_std) == tuple(settings.values())
+    for name in settings:
+        with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
+            RunArguments(**{name: -1})
 
 
 def test_tensorboard_gets_the_losses(tmp_path):

@@ -17,8 +17,8 @@ from .reference_rxt import Reference, randomize
 MASK_TOKEN = 3
 
 
-def pretraining_model(**options):
-    return randomize(RxTForPreTraining(tiny_config(**options)), seed=0).eval()
+def pretraining_model(settings=None, **options):
+    return randomize(RxTForPreTraining(tiny_config(**options), **(settings or {})), seed=0).eval()
 
 
 def joint_batch():
@@ -47,7 +47,7 @@ def reference(model):
 
 @pytest.mark.parametrize("options", [{}, {"memory_layers": [1]}, {"num_key_value_heads": 2}], ids=str)
 def test_joint_loss_is_that_of_the_equations(options):
-    model, batch = pretraining_model(**options, mlm_loss_coef=0.25), joint_batch()
+    model, batch = pretraining_model({"mlm_loss_coef": 0.25}, **options), joint_batch()
     output = model(**batch)
     next_token, _ = reference(model).joint_losses(**batch)
     # rows count by their labels, of which they have unequal numbers
@@ -105,7 +105,7 @@ def test_noise_on_what_the_decoder_reads_comes_in_training_alone():
     found = [model.train()(**batch) for _ in range(2)]
     assert (found[0].loss - found[1].loss).abs() > 1e-4
     assert torch.equal(found[0].mlm_loss, found[1].mlm_loss)
-    model.config.memory_noise_std = 0.0
+    model.memory_noise_std = 0.0
     close(model(**batch).loss, model.eval()(**batch).loss, 1e-6)
 
 
@@ -181,7 +181,8 @@ def turn_by_turn_gradients(model, batch, bptt_turns):
 @pytest.mark.parametrize("recompute", [False, True], ids=["one graph", "recomputed"])
 @pytest.mark.parametrize("bptt_turns", [1, 2, 9])
 def test_back_propagation_ends_after_the_given_number_of_writes(bptt_turns, recompute):
-    model, batch = tiny_model(bptt_turns=bptt_turns).train(), episode_batch()
+    model, batch = tiny_model().train(), episode_batch()
+    model.set_bptt_turns(bptt_turns)
     batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     expected = turn_by_turn_gradients(model, batch, bptt_turns)
     if recompute:
@@ -192,7 +193,7 @@ def test_back_propagation_ends_after_the_given_number_of_writes(bptt_turns, reco
         close(found[name], expected[name])
     # the write itself learns even from one turn to the next
     assert found["model.memory_attention.layers.0.write_attn.q_proj.weight"].abs().max() > 1e-6
-    model.config.bptt_turns = None
+    model.set_bptt_turns(None)
     differs = any((found[name] - whole).abs().max() > 1e-6 for name, whole in gradients(model, batch).items())
     assert differs == (bptt_turns < 3)
 
@@ -212,7 +213,7 @@ class Rows(Dataset):
 
 
 def trained(stage, folder, **arguments):
-    model = set_training_stage(pretraining_model(memory_noise_std=0.0).train(), stage)
+    model = set_training_stage(pretraining_model({"memory_noise_std": 0.0}).train(), stage)
     shape = (4, 6) if stage == "memory_attention" else (9,)
     settings = {"max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", **arguments}
     args = TrainingArguments(str(folder), use_cpu=True, report_to="none", disable_tqdm=True, **settings)
@@ -263,7 +264,7 @@ def test_collator_masks_real_tokens_only_and_leaves_control_tokens():
 
 def test_a_part_stays_bit_equal_until_its_step_and_moves_from_it():
     model = pretraining_model().train()
-    model.config.memory_noise_std = 0.0
+    model.memory_noise_std = 0.0
     schedule = {"model.layers.": 2, "model.layers.1.": 1}
     optimizer, scheduler = unfreezing_optimizer(model, schedule, lambda step: 1.0, lr=1e-2, weight_decay=0.1)
     parts = {"model.layers.0.mlp.up_proj.weight": 2, "model.layers.1.mlp.up_proj.weight": 1, "model.norm.weight": 0}

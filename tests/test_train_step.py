@@ -40,7 +40,7 @@ def test_every_arm_steps_over_the_same_tokens_and_changes_its_model(train_step, 
         assert any(not torch.equal(old, new) for old, new in zip(before, models[kind].parameters(), strict=True))
         if kind == "rxt":
             assert models[kind].model.gradient_checkpointing == bool(recompute)
-            assert str(models[kind].config.bptt_turns or "all") == depth
+            assert str(models[kind].model.bptt_turns or "all") == depth
 
 
 def test_a_report_holds_medians_ratios_targets_and_where_it_was_measured(train_step, options, tmp_path, capsys):

@@ -43,8 +43,9 @@ from .reference_rxt import randomize
 LORA = {"r": 2, "target_modules": ["q_proj", "lm_head"], "init_lora_weights": False, "ensure_weight_tying": True}
 
 
-def model_of(model_class=RxTForCausalLM, **options):
-    return randomize(model_class(tiny_config(memory_noise_std=0.0, **options)), seed=0)
+def model_of(model_class=RxTForCausalLM, mlm_loss_coef=0.5, **options):
+    settings = {"mlm_loss_coef": mlm_loss_coef, "memory_noise_std": 0.0} if model_class is RxTForPreTraining else {}
+    return randomize(model_class(tiny_config(**options), **settings), seed=0)
 
 
 def rows_of(turns, answers=(1, 2, 4, 7), tokens=8):

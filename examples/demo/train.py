@@ -100,6 +100,9 @@ class FactDialogueArguments:
     vocab_size: int = field(default=2048, metadata={"help": "Vocabulary size of the tokenizer."})
     preset: str = field(default="tiny", metadata={"help": "Size of the model, a name of rxt_hf.presets.PRESETS."})
     override: str = field(default="", metadata={"help": "JSON object of configuration fields."})
+    bptt_turns: int | None = field(
+        default=None, metadata={"help": "Writes that gradients flow back through (default: all)."}
+    )
     start_from: str | None = field(
         default=None, metadata={"help": "Folder of the run whose model is trained further."}
     )
@@ -206,6 +209,8 @@ def main(argv: list[str] | None = None) -> None:
         model = build_model(options.arm, RxTConfig(**settings))
     else:
         model = AutoModelForCausalLM.from_pretrained(options.start_from, dtype=torch.float32, **override)
+    if isinstance(model, RxTForCausalLM):
+        model.set_bptt_turns(options.bptt_turns)
     data = FactDialogues(
         tokenizer,
         # each process takes an item of its own, and one for each batch that it accumulates
@@ -234,9 +239,12 @@ def mix_weights(model: torch.nn.Module, other: torch.nn.Module, share: float) ->
 
 
 def save_compact(model: RxTForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Weights in bfloat16, half the bytes; the configuration says float32, which they are loaded in."""
+    """
+    Weights in bfloat16, half the bytes; the configuration says float32, which they are loaded in, and `use_cache`,
+    which Trainer turns off.
+    """
     model.to(torch.bfloat16).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32", "use_cache": True}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tokenizer.save_pretrained(folder)
     (folder / "about.txt").write_text(ABOUT + "\n")

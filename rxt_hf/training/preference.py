@@ -10,8 +10,9 @@ The reference writes a memory of its own, from the same chosen answers. Its prob
 is then a constant, as DPO's derivation has it. Under the policy's memory it would move with the policy's writes, and
 read a memory that it was never trained to read.
 
-Gradients flow through the memory into the writes of the turns before, over `config.bptt_turns` turns, where a rejected
-answer counts as one. Freeze `memory_encoder`, `memory_attention` and `initial_memory` to leave the writes alone.
+Gradients flow through the memory into the writes of the turns before, over the model's `bptt_turns` turns, where a
+rejected answer counts as one. Freeze `memory_encoder`, `memory_attention` and `initial_memory` to leave the writes
+alone.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence

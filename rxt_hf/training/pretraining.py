@@ -75,15 +75,26 @@ class RxTForPreTraining(RxTForCausalLM):
 
     The losses beside the decoder's are means over each row, and rows count by their share of the labels, if there are
     any: so an optimizer step has one gradient, however it is cut into batches and processes.
+
+    Args:
+        config ([`RxTConfig`]): that of the model.
+        mlm_loss_coef (`float`): weight of the memory encoder's loss on masked tokens.
+        memory_noise_std (`float`): noise on the states that the decoder reads, as a share of their size.
+
+    `from_pretrained` takes the last two by name.
     """
 
-    def __init__(self, config: RxTConfig):
+    def __init__(self, config: RxTConfig, *, mlm_loss_coef: float = 0.5, memory_noise_std: float = 0.2):
+        for name, value in (("mlm_loss_coef", mlm_loss_coef), ("memory_noise_std", memory_noise_std)):
+            if value < 0:
+                raise ValueError(f"{name} must not be negative, got {value}.")
         if (config.memory_encoding, config.memory_writing) != ("encoder", "attention"):
             raise ValueError(
                 "RxTForPreTraining trains a memory encoder and a memory attention, which this configuration has not: "
                 f"memory_encoding={config.memory_encoding!r}, memory_writing={config.memory_writing!r}."
             )
         super().__init__(config)
+        self.mlm_loss_coef, self.memory_noise_std = mlm_loss_coef, memory_noise_std
         self.loss_type = "ForCausalLM"
 
     @can_return_tuple
@@ -129,7 +140,7 @@ class RxTForPreTraining(RxTForCausalLM):
         if self.training:
             size = upcast(memory_states).pow(2).mean(-1, keepdim=True).sqrt()
             noise = torch.randn_like(memory_states) * size.to(memory_states.dtype)
-            memory_states = memory_states + self.config.memory_noise_std * noise
+            memory_states = memory_states + self.memory_noise_std * noise
         output = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -151,7 +162,7 @@ class RxTForPreTraining(RxTForCausalLM):
             counts = mlm_targets.ne(-100).sum(-1)
             losses = losses.view_as(mlm_targets).sum(-1) / counts.clamp(min=1)
             mlm_loss = (losses * row_shares(counts, labels, num_items_in_batch)).sum()
-            loss = (0.0 if loss is None else loss) + self.config.mlm_loss_coef * mlm_loss
+            loss = (0.0 if loss is None else loss) + self.mlm_loss_coef * mlm_loss
         return RxTForPreTrainingOutput(loss=loss, mlm_loss=mlm_loss, mlm_logits=mlm_logits, **fields)
 
     def _memory_losses(self, input_ids, attention_mask):

@@ -5,7 +5,7 @@ Stage 6, memory reinforcement learning (arXiv 2510.03561) with group-relative ad
 The model plays whole dialogues, each `group_size` times: it samples every answer, and what it said is written into its
 memory. An answer's rewards are compared with those of the same turn in the group. One forward then scores the sampled
 episodes in parallel over their turns, under memories written anew, so that gradients flow through the memory into what
-earlier turns wrote (over `config.bptt_turns` turns).
+earlier turns wrote (over the model's `bptt_turns` turns).
 """
 
 import math

@@ -68,6 +68,7 @@ from .preference import (
     encode_preferences,
     preference_interactions,
 )
+from .pretraining import RxTForPreTraining
 from .stages import STAGES, set_training_stage, unfreezing_optimizer
 
 logger = logging.get_logger(__name__)
@@ -109,6 +110,15 @@ class RunArguments:
     preset: str = field(default="tiny", metadata={"help": f"Size of a new model: {', '.join(PRESETS)}."})
     override: dict | str | None = field(
         default=None, metadata={"help": "JSON object of configuration fields of a new model."}
+    )
+    bptt_turns: int | None = field(
+        default=None, metadata={"help": "Writes that gradients flow back through (default: all; 0: none)."}
+    )
+    mlm_loss_coef: float = field(
+        default=0.5, metadata={"help": "Weight of the loss on masked tokens, in the stages that have it."}
+    )
+    memory_noise_std: float = field(
+        default=0.2, metadata={"help": "Noise on what the decoder reads in those stages, as a share of its size."}
     )
     vocab_size: int = field(default=2048, metadata={"help": "Vocabulary size of a new tokenizer."})
     attn_implementation: str | None = field(
@@ -163,7 +173,9 @@ class RunArguments:
             value = getattr(self, name)
             setattr(self, name, [value] if isinstance(value, str) else list(value or []))
         self.override, self.unfreeze = self.config_fields, self.first_steps
-        for name, low in (("turns", 1), ("tokens", 1), ("dialogues", 1), ("max_batch_tokens", 1), ("lora_rank", 0)):
+        lowest = dict.fromkeys(("bptt_turns", "mlm_loss_coef", "memory_noise_std", "lora_rank"), 0)
+        lowest |= dict.fromkeys(("turns", "tokens", "dialogues", "max_batch_tokens"), 1)
+        for name, low in lowest.items():
             if (value := getattr(self, name)) is not None and value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}.")
 
@@ -423,12 +435,16 @@ def config_of(options: RunArguments, start: str | None, tokenizer: Any) -> RxTCo
 
 def load_model(stage: str, options: RunArguments, start: str | None, config: RxTConfig) -> RxTForCausalLM:
     """The stage's class with the weights of `start`, or with new ones; in float32."""
-    model_class = RxTForCausalLM if stage == PREFERENCE else STAGES[stage][0]
+    model_class: Any = RxTForCausalLM if stage == PREFERENCE else STAGES[stage][0]
+    settings: dict[str, Any] = {}
+    if model_class is RxTForPreTraining:
+        settings = {"mlm_loss_coef": options.mlm_loss_coef, "memory_noise_std": options.memory_noise_std}
     if start is None:
-        model = model_class(config)
+        model = model_class(config, **settings)
     else:
-        may_drop = bool(options.config_fields)
-        model = load_whole(model_class, start, may_drop=may_drop, config=config, dtype=torch.float32)
+        settings |= {"may_drop": bool(options.config_fields), "config": config, "dtype": torch.float32}
+        model = load_whole(model_class, start, **settings)
+    model.set_bptt_turns(options.bptt_turns)
     if options.attn_implementation is not None:
         model.set_attn_implementation(options.attn_implementation)
     return model
@@ -557,6 +573,8 @@ def train(stage: str, options: RunArguments, args: TrainingArguments) -> Path:
     if trainer.is_world_process_zero():
         # what was saved, as the class that chats
         final = RxTForCausalLM.from_pretrained(folder)
+        # Trainer has turned it off
+        final.config.use_cache = True
         card = model_card(final, folder.name, **card_facts(stage, options, trainer, measured))
         export(final, folder, tokenizer, card=card)
     return folder

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
-from rxt_hf import RxTConfig
+from rxt_hf import RxTConfig, RxTForCausalLM
 from rxt_hf.chat_template import encode_interaction, train_tokenizer
 from rxt_hf.data.batching import StepCollator
 from rxt_hf.data.facts import ATTRIBUTES, HELD_OUT_PAIRS, OPEN_REAL_NAMES, VALUES, corpus_texts, generate_dialogue
@@ -332,16 +332,17 @@ def test_a_skipped_share_of_the_curriculum_and_another_seed_give_other_dialogues
         FactDialogues(tokenizer, 48, 16, skip=1.0)
 
 
-def test_a_finished_run_is_trained_further_with_its_tokenizer(recipe, tmp_path):
-    first = recipe()
+def test_a_finished_run_is_trained_further_with_its_tokenizer(recipe, tmp_path, monkeypatch):
+    first, depths = recipe(), []
+    monkeypatch.setattr(RxTForCausalLM, "set_bptt_turns", lambda model, turns: depths.append(turns))
     before = load_file(first / "model.safetensors")
     options = {"output_dir": str(tmp_path / "more"), "start_from": str(first), "seed": 2, "max_steps": 1, "skip": 0.52}
-    options |= {"turns_per_step": 32, "learning_rate": 0.0, "override": '{"bptt_turns": 4}', "disable_tqdm": True}
+    options |= {"turns_per_step": 32, "learning_rate": 0.0, "bptt_turns": 4, "disable_tqdm": True}
     main([word for option, value in options.items() for word in (f"--{option}", str(value))])
     after = load_file(tmp_path / "more" / "model.safetensors")
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     assert (tmp_path / "more" / "tokenizer.json").read_text() == (first / "tokenizer.json").read_text()
-    assert json.loads((tmp_path / "more" / "config.json").read_text())["bptt_turns"] == 4
+    assert depths == [4]
 
 
 def test_the_demo_of_a_further_run_holds_a_mean_of_the_weights_before_and_after(recipe, tmp_path):

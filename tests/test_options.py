@@ -47,13 +47,13 @@ def test_every_option_is_another_model_and_every_stage_takes_its_share_of_the_st
         seen.clear()
         model, _ = benchmark.trained(tokenizer, option, episodes, 1)
         assert sum(len(data) for *_, data in seen) == 100 and seen[-1][:2] == ("RxTForCausalLM", "memory_aware")
-        configs.add(json.dumps(model.config.to_diff_dict(), sort_keys=True))
+        configs.add((json.dumps(model.config.to_diff_dict(), sort_keys=True), model.model.bptt_turns))
         if "stages" in option:
             assert [stage for _, stage, _ in seen[:-1]] == list(option["stages"])
             # stage 1 learns from every token, stage 2 from answers
             pretraining, finetuning = (batch["labels"] == -100 for batch in (seen[0][2][0], seen[1][2][0]))
             assert finetuning.float().mean() > 0.5 > pretraining.float().mean()
-    # stages change the weights, not the configuration
+    # stages change the weights, nothing else
     assert len(configs) == len(benchmark.OPTIONS) - 2
 
 

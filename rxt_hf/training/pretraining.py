@@ -75,16 +75,15 @@ class RxTForPreTraining(RxTForCausalLM):
 
     The losses beside the decoder's are means over each row, and rows count by their share of the labels, if there are
     any: so an optimizer step has one gradient, however it is cut into batches and processes.
-
-    Args:
-        config ([`RxTConfig`]): that of the model.
-        mlm_loss_coef (`float`): weight of the memory encoder's loss on masked tokens.
-        memory_noise_std (`float`): noise on the states that the decoder reads, as a share of their size.
-
-    `from_pretrained` takes the last two by name.
     """
 
     def __init__(self, config: RxTConfig, *, mlm_loss_coef: float = 0.5, memory_noise_std: float = 0.2):
+        r"""
+        mlm_loss_coef (`float`, *optional*, defaults to 0.5):
+            Weight of the memory encoder's loss on masked tokens; an argument of `from_pretrained`, too.
+        memory_noise_std (`float`, *optional*, defaults to 0.2):
+            Noise on the states that the decoder reads, as a share of their size; likewise.
+        """
         for name, value in (("mlm_loss_coef", mlm_loss_coef), ("memory_noise_std", memory_noise_std)):
             if value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}.")

@@ -11,6 +11,8 @@ import pytest
 from rxt_hf.data import facts
 from rxt_hf.data.facts import ATTRIBUTES, CHAT, HELD_OUT_PAIRS, OPEN_REAL_NAMES, UNKNOWN_ANSWER
 
+NEWCOMER = {"p_introduction": 0.6, "p_foreign": 0.2, "p_casual": 0.5}
+
 
 @pytest.fixture(scope="module")
 def training():
@@ -32,6 +34,8 @@ def test_a_seed_always_gives_the_same_dialogue():
     digest = hashlib.sha256(json.dumps(dialogues).encode()).hexdigest()
     assert digest[:16] == "5337ddc5000c370d"
     assert dialogues[0] != dialogues[1]
+    later = [facts.generate_dialogue(7, split=split, num_turns=16, **NEWCOMER) for split in facts.SPLITS]
+    assert hashlib.sha256(json.dumps(later).encode()).hexdigest()[:16] == "9da4f634799a90e0"
 
 
 def test_the_registry_is_large_enough():
@@ -192,6 +196,87 @@ def test_casual_dialogues_tell_no_test_value_and_are_off_by_default():
     assert not any("{" in turn["query"] for turn in turns)
 
 
+def test_introductions_tell_up_to_three_facts_in_one_turn_and_are_off_by_default():
+    assert turns_of("train", 50) == turns_of("train", 50, p_introduction=0.0)
+    turns = turns_of("train", 500, p_introduction=1.0, p_two=0.0)
+    counts = Counter(len(told(turn)) for turn in turns if turn["kind"] == "state")
+    assert counts.keys() == {1, 2, 3} and counts[2] > counts[3] > counts[1] > 20
+    assert any(turn["query"].startswith(("I'm", "My name is")) and len(turn["also"]) == 2 for turn in turns)
+    assert not HELD_OUT_PAIRS & {pair for turn in turns for pair in told(turn)}
+    for turn in turns:
+        if turn["kind"] == "state":
+            assert all(facts.contains_value(turn["query"], value) for _, value in told(turn))
+            repeated = [facts.contains_value(turn["answer"], value) for _, value in told(turn)]
+            assert all(repeated) or turn["answer"] in facts._PLAIN_ACKS
+            assert not re.search(r"[{}&]", turn["query"])
+
+
+def test_two_of_a_kind_are_told_asked_for_and_changed_together():
+    turns = turns_of("train", 1000, p_introduction=1.0)
+    pairs = [turn for turn in turns if " and " in (turn["value"] or "")]
+    assert {turn["attribute"] for turn in pairs} == set(facts.PLURALS)
+    assert {turn["kind"] for turn in pairs} == {"state", "overwrite", "ask"}
+    assert all(len(set(turn["value"].split(" and "))) == 2 for turn in pairs)
+    asked = [turn for turn in pairs if turn["kind"] == "ask"]
+    assert all(re.match(r"Your \w+s are called ", turn["answer"]) for turn in asked)
+
+
+def masked(turn):
+    """The words of a statement, without its values."""
+    return re.sub(r"(an? )?" + "|".join(rf"\b{re.escape(v)}\b" for _, v in told(turn)), "", turn["query"]).lower()
+
+
+def test_introductions_of_the_tests_are_worded_as_training_never_sees():
+    training, tests = (
+        [masked(turn) for turn in turns_of(split, 600, p_introduction=1.0, p_two=0.0, num_turns=12) if turn["also"]]
+        for split in ("train", "seen")
+    )
+    assert len(tests) > 500
+    assert not set(training) & set(tests)
+    joints = re.compile(r"; |, plus |\. also, | and [^.;]*, and ")
+    assert not any(joints.search(text) for text in training if "; " in text or ", plus " in text or ". also, " in text)
+    assert sum(bool(joints.search(text)) for text in tests) > len(tests) / 2
+
+
+def test_what_no_attribute_is_about_is_refused_and_leaves_the_facts_as_they_are():
+    assert turns_of("train", 50) == turns_of("train", 50, p_foreign=0.0)
+    for split in ("train", "seen"):
+        foreign = [turn for turn in turns_of(split, 300, p_foreign=0.3) if turn["kind"] == "foreign"]
+        assert {turn["answer"] for turn in foreign} == set(facts.FOREIGN_ANSWERS[:2])
+        for turn in foreign:
+            assert (turn["value"] is None) == (turn["answer"] == facts.FOREIGN_ANSWERS[1])
+            assert turn["value"] is None or facts.contains_value(turn["query"], turn["value"])
+    mixed = [turn for turn in turns_of("train", 500, **NEWCOMER) if facts.FOREIGN_ANSWERS[2] in turn["answer"]]
+    assert len(mixed) > 30 and all(turn["kind"] == "state" for turn in mixed)
+
+
+def test_kinds_of_the_tests_never_occur_in_training_and_are_no_attributes(monkeypatch):
+    train, held = ({noun for kind in facts.FOREIGN for noun in kind.nouns[part]} for part in (0, 1))
+    assert len(train) > 300 and len(held) > 120 and not train & held
+    drawn = {"train": set(), "seen": set()}
+    draw = facts.DialogueWriter.foreign_kind
+
+    def recorded(writer):
+        kind, noun = draw(writer)
+        drawn[writer.split].add(noun)
+        return kind, noun
+
+    monkeypatch.setattr(facts.DialogueWriter, "foreign_kind", recorded)
+    for split in drawn:
+        turns_of(split, 2000, **NEWCOMER)
+    assert len(drawn["train"] & train) > 250 and not drawn["train"] & held
+    assert len(drawn["seen"] & held) > 100 and not drawn["seen"] & train
+    # in training three of ten are out of no list
+    assert len([noun for noun in drawn["train"] - train if "'" not in noun]) > 500
+    # what is told of things that the demo does have a place for is something else
+    own = {text for a in ATTRIBUTES.values() for text in a.statements + a.questions + a.noun_phrases}
+    own |= {text for found in facts._CASUAL.values() for lists in found.values() for texts in lists for text in texts}
+    for kind in facts.FOREIGN:
+        texts = kind.statements + kind.questions + kind.noun_phrases
+        said = {text.replace("{s}", noun) for text in texts for nouns in kind.nouns for noun in nouns}
+        assert not said & own
+
+
 def test_the_seen_split_uses_training_pairs_and_the_unseen_split_asks_held_out_ones():
     trained = set(facts.value_pairs()) - HELD_OUT_PAIRS
     assert {pair for turn in turns_of("seen") for pair in told(turn)} <= trained
@@ -202,11 +287,13 @@ def test_the_seen_split_uses_training_pairs_and_the_unseen_split_asks_held_out_o
     assert sum(pair in HELD_OUT_PAIRS for pair in stated) / len(stated) > 0.8
 
 
+@pytest.mark.parametrize("options", [{}, NEWCOMER | {"p_casual": 0.0}], ids=["plain", "newcomer"])
 @pytest.mark.parametrize("split", facts.SPLITS)
-def test_turns_agree_with_the_facts_told_so_far(split):
+def test_turns_agree_with_the_facts_told_so_far(split, options):
     for seed in range(60):
         past, stated, said = {}, {}, {}
-        for index, turn in enumerate(facts.generate_dialogue(seed, split=split, num_turns=64)["interactions"]):
+        dialogue = facts.generate_dialogue(seed, split=split, num_turns=64, **options)
+        for index, turn in enumerate(dialogue["interactions"]):
             name, value = turn["attribute"], turn["value"]
             if turn["kind"] == "state":
                 assert not any(attribute in past for attribute, _ in told(turn))
@@ -280,11 +367,14 @@ def test_answers_are_scored_by_whole_words():
     unknown = {**ask, "kind": "unknown", "value": None, "stale": []}
     assert facts.score_answer(unknown, UNKNOWN_ANSWER)["correct"]
     assert not facts.score_answer(unknown, "It is Max.")["correct"]
+    foreign = {**ask, "kind": "foreign", "stale": []}
+    assert all(facts.score_answer(foreign, answer)["correct"] for answer in facts.FOREIGN_ANSWERS)
+    assert not facts.score_answer(foreign, "Okay, your dog is called Max.")["correct"]
 
 
 def test_reference_answers_score_as_correct():
     for split in facts.SPLITS:
-        for turn in turns_of(split, 100, num_turns=32):
+        for turn in turns_of(split, 100, num_turns=32, **NEWCOMER):
             score = facts.score_answer(turn, turn["answer"])
             assert score["correct"] and not score["stale"]
 

@@ -146,9 +146,10 @@ class FactDialogues(Dataset):
         step, progress = index, self.skip + (1.0 - self.skip) * index / self.steps
         choices = next(turns for share, turns in CURRICULUM if progress < share or share == 1.0)
         turns = choices[step % len(choices)]
-        # statements of two facts are long: they come together, so that other steps are not padded to their length
-        is_long = (step if progress < SECOND_FALL_FROM else step // len(choices)) % 6 == 0
-        mix: dict[str, Any] = self.mix | {"p_two": 0.35 if is_long else 0.0}
+        # statements of several facts are long: they come together, so that other steps are not padded to their length
+        every = 3 if self.mix["p_introduction"] else 6
+        is_long = (step if progress < SECOND_FALL_FROM else step // len(choices)) % every == 0
+        mix: dict[str, Any] = self.mix | ({"p_two": 0.35} if is_long else {"p_two": 0.0, "p_introduction": 0.0})
         if progress >= OPEN_FROM and step % 5 in (1, 3):
             mix |= {"p_open": 1.0} | ({"p_new": 1.0} if mix["p_new"] and step % 5 == 3 else {"only_open": True})
         seed, episodes = self.first_seed + step * 10_000, []
@@ -170,7 +171,9 @@ class FactDialogues(Dataset):
         """Every answer to a question counts, and a share of the others, whose wording is mostly chance."""
         rng = random.Random(seed)
         return [
-            row if turn["kind"] in ("ask", "unknown") or rng.random() < LABELLED_SHARE else [-100] * len(row)
+            row
+            if turn["kind"] in ("ask", "unknown", "foreign") or rng.random() < LABELLED_SHARE
+            else [-100] * len(row)
             for row, turn in zip(labels, interactions, strict=True)
         ]
 

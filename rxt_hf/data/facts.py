@@ -18,6 +18,8 @@ from typing import Any, TypedDict
 from zlib import crc32
 
 UNKNOWN_ANSWER = "You have not told me that yet."
+# to a statement, to a question, and to the part of an introduction that is about no attribute
+FOREIGN_ANSWERS = ("I cannot keep that.", "I do not know that, I cannot keep it.", "I cannot keep the rest.")
 SPLITS = ("train", "seen", "unseen", "open", "new")
 HELD_OUT_SHARE = 0.12
 FIRST_TRAINING_SEED = 1_000_000
@@ -30,6 +32,8 @@ MIX: dict[str, Any] = {
     "p_unknown": 0.15,
     "p_open": 0.6,
     "p_new": 0.0,
+    "p_introduction": 0.0,
+    "p_foreign": 0.0,
 }
 
 # fmt: off
@@ -560,6 +564,188 @@ _CASUAL_CHAT_GROUPS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Help.|Help me.|Can you help me?|What now?|I have a question.|Can I ask you something?|Listen.",
      ("I can remember what you tell me.",)),
 )
+# Two of a kind, told at once: both names are the value.
+_PAIR_NOUNS = ("dog", "cat", "horse", "sister", "brother")
+_PAIR_PHRASES = (
+    "I have two {s}s, {v}.|My {s}s are called {v}.|I have two {s}s called {v}.|We have two {s}s, {v}."
+    "|I have two {s}s: {v}.|I've got two {s}s, {v}.|My two {s}s are called {v}.|I have two {s}s named {v}."
+    "|The names of my {s}s are {v}.|My {s}s are {v}.",
+    "What are my {s}s called?|What are the names of my {s}s?|What are my {s}s' names?|What is my {s} called?"
+    "|Who are my {s}s?",
+    "Your {s}s are called {v}.", "my {s}s' names|the names of my {s}s", "My {s}s are called {v} now.",
+)
+
+# Introductions of two or three statements, by number; then whole sentences, whose places name attributes. Training
+# sees the first string of each pair and tests the second.
+_FRAMES: dict[int, tuple[str, str]] = {
+    2: ("{0} and {1}.|{0}, and {1}.|{0}. {1}.|{0}, {1}.|{0}, also {1}.|{0} and also {1}.",
+        "{0}. Also, {1}.|{0}; {1}.|{0}, plus {1}."),
+    3: ("{0}, {1} and {2}.|{0}, {1}, and {2}.|{0}. {1}. {2}.|{0} and {1}. {2}.|{0}. {1} and {2}.|{0}, {1}, {2}.",
+        "{0} and {1}, and {2}.|{0}; {1}; {2}.|{0}. Also, {1} and {2}."),
+}
+_SENTENCES = (
+    "I'm {name}, {a job} from {home_city}.|I'm {name} from {home_city}.|I am {name} from {home_city}."
+    "|Call me {name}, I'm from {home_city}.|{name} here, from {home_city}.|I'm {name}, and I'm {a job}."
+    "|My name is {name}, I am {a job} and I live in {home_city}.|I'm {name}, my dog is {dog} and my cat is {cat}."
+    "|I have a dog called {dog} and a cat called {cat}.|I have a cat, {cat}, and a dog, {dog}."
+    "|I have a dog, {dog}, and a cat, {cat}.|I have two cats, {two cat}, and a dog, {dog}."
+    "|I have two dogs, {two dog}, and a cat called {cat}.|My sister is {sister} and my brother is {brother}."
+    "|I have a sister called {sister} and a brother called {brother}."
+    "|I have a brother, {brother}, and a sister, {sister}."
+    "|I was born in {birth_city} but I live in {home_city}.|I was born in {birth_city} and live in {home_city} now."
+    "|I live in {home_city} but I work in {work_city}.|I live in {home_city} and work in {work_city}."
+    "|I live in {home_city} and work as {a job}.|I work as {a job} in {work_city}."
+    "|I'm {name}, born in {birth_city}, living in {home_city}.|I love {favourite_food} but I hate {disliked_food}."
+    "|I love eating {favourite_food} but not {disliked_food}.|I'm {a job}, but I want to become {a dream_job}."
+    "|I drink {morning_drink} in the morning and {evening_drink} in the evening."
+    "|I play the {instrument} and I'm learning {learning_language}.|I play the {instrument} and enjoy {hobby}."
+    "|My favourite colour is {favourite_colour} and my favourite food is {favourite_food}."
+    "|I like {favourite_colour} best of all colours and {favourite_food} more than any other food."
+    "|I'm {a job} and my partner is {a partner_job}.|My daughter loves {daughter_hobby} and my son loves {son_hobby}."
+    "|My daughter is into {daughter_hobby}, my son is into {son_hobby}."
+    "|My car is {car_colour} and my bike is {bike_colour}."
+    "|I have {a car_colour} car and {a bike_colour} bike.|My boss is {boss} and my best friend is {friend}."
+    "|I love {favourite_animal} but I'm afraid of {feared_animal}.|I live in {home_city} with my dog {dog}."
+    "|We speak {home_language} at home and I'm learning {learning_language}.|I live in {home_city} with my cat {cat}."
+    "|My house number is {house_number} and my lucky number is {lucky_number}."
+    "|I live in {home_city} with my dog, {dog}."
+    "|I go to the gym on {gym_day} and see the dentist on {dentist_day}."
+    "|My birthday is in {birthday_month} and my wedding is in {wedding_month}.",
+    "I'm {name}, {a job} living in {home_city}.|My brother's name is {brother} and my sister's is {sister}."
+    "|I start the day with {morning_drink} and end it with {evening_drink}.|I'm {name} and I have a dog, {dog}."
+    "|I can't stand {disliked_food}, but I love eating {favourite_food}.|I'm {name}, and this is my dog {dog}."
+    "|Born in {birth_city}, I live in {home_city} now.|My boss is called {boss}, my best friend {friend}."
+    "|My job is being {a job}, my hobby is {hobby}.|My dog is called {dog}, my cat {cat}.",
+)
+
+# What no attribute is about: kinds of values, nouns of training, nouns of tests, statements, questions, noun phrases.
+_PEOPLE = (
+    "wife|husband|mother|father|mum|dad|mom|uncle|aunt|grandmother|grandfather|grandma|grandpa|nephew|roommate|colleague"
+    "|girlfriend|boyfriend|baby|grandson|landlord|manager|doctor|nanny|trainer|coach|mentor|client|stepmother|godfather"
+    "|brother-in-law|student|assistant|lawyer|plumber|pen friend|ex-wife|twin sister|pupil|fiancee|child|twin|singer",
+    "niece|granddaughter|flatmate|classmate|stepfather|godmother|sister-in-law|dentist|hairdresser|tenant|guest|cleaner"
+    "|mother-in-law|fiance|co-worker|half-brother",
+)
+# names of these are told, other things of theirs have no place
+_KNOWN_PEOPLE = "sister|brother|best friend|boss|neighbour|teacher"
+_EVENTS = (
+    "exam|lesson|interview|haircut|meeting|flight|party|visit|move|graduation|trip|concert|piano lesson|day off|test"
+    "|doctor's appointment|mother's birthday|sister's birthday|match|race|show|course|operation|anniversary|date"
+    "|wife's birthday|dog's birthday|brother's wedding|delivery|deadline|yoga class",
+    "rehearsal|driving test|conference|check-up|football match|husband's birthday|reunion|surgery|swimming lesson"
+    "|vet's appointment|audition|father's birthday|friend's wedding|performance",
+)
+_FOREIGN_GROUPS: tuple[tuple[str, str, str, str, str, str], ...] = (
+    ("person", _PEOPLE[0] + "|partner|daughter|son|cousin|second sister|old boss|first teacher", _PEOPLE[1],
+     _NAMED_STATEMENTS + "|{v} is my {s}.|My {s} is {v}.|I have a {s}, {v}.|Our {s} is called {v}."
+     "|My {s}'s called {v}.|I am married to {v}.|I live with my {s} {v}.",
+     _NAMED_QUESTIONS + "|Who is my {s}?|Who's my {s}?|What was my {s}'s name?", _NAMED_PHRASES),
+    ("city person surname thing place word food drink animal",
+     "film|movie|book|song|band|singer|actor|actress|writer|game|season|flower|tree|sport|shop|river|planet|cheese|fruit"
+     "|dessert|cake|subject|museum|poet|painter|dance|car|restaurant|country|city|show|series|drink|vegetable|beer"
+     "|football team|toy|island|hero|day|month|word|smell|director|club|shoe|painting|hotel|park|mountain",
+     "bridge|album|author|opera|comic|insect|waterfall|soup|sandwich|composer|footballer|cartoon|podcast|castle|beach|musician"
+     "|ice cream|play|magazine|superhero",
+     "My favourite {s} is {v}.|The {s} I like best is {v}.|My favorite {s} is {v}.|{v} is my favourite {s}."
+     "|The best {s} is {v}.|The {s} I love most is {v}.|My best {s} is {v}.|I think {v} is the best {s}.",
+     "What is my favourite {s}?|What's my favourite {s}?|Which {s} do I like best?|What is my favorite {s}?"
+     "|What {s} do I love most?|Which {s} is my favourite?",
+     "my favourite {s}|which {s} I like best|my favorite {s}"),
+    ("pet",
+     "hamster|rabbit|parrot|goldfish|tortoise|pony|cow|goat|sheep|snake|lizard|mouse|rat|pig|turtle|donkey|chicken|hen"
+     "|budgie|spider|fish|bird|kitten|puppy|old dog|first cat",
+     "guinea pig|canary|ferret|llama|duck|gecko|cockatoo|frog|camel|second horse",
+     _NAMED_STATEMENTS + "|We named our {s} {v}.|I have a {s}, and I call it {v}.|My {s} is {v}."
+     "|Our {s} is called {v}.|I've got a {s} called {v}.|I have a {s}, {v}.",
+     _NAMED_QUESTIONS + "|What did we name our {s}?|What do I call my {s}?|What was my {s}'s name?", _NAMED_PHRASES),
+    ("thing place",
+     "company|school|band|blog|van|robot|guitar|garden|farm|restaurant|shop|hotel|university|church|choir|bank"
+     "|plane|ship|computer|phone|house|bus stop|river|lake|park|pub|gym|newspaper|startup"
+     "|bicycle|school team|district|island|county|book|song|film|poem|baby's doll|teddy bear",
+     "college|orchestra|bakery|truck|tablet|hospital|gallery|podcast|bridge|bar|cinema|beach"
+     "|train station|magazine|theatre|novel|drone|airline",
+     _NAMED_STATEMENTS + "|We named our {s} {v}.|Our {s} is called {v}.|The {s} is called {v}.|My {s} is {v}.",
+     _NAMED_QUESTIONS + "|What did we name our {s}?|What is our {s} called?|Which {s} is mine?", _NAMED_PHRASES),
+    ("city surname place thing person",
+     "surname|last name|middle name|nickname|username|motto|email|website|star sign|religion|maiden name|country"
+     "|nationality|postcode|degree|subject|party|address",
+     "second name|stage name|family name|login|first word|pen name|title|major|account name|hashtag",
+     "My {s} is {v}.|The {s} is {v}.|I use {v} as my {s}.|I chose {v} as my {s}.|{v} is my {s}.|My {s}: {v}.",
+     "What is my {s}?|What's my {s}?|What is the {s}?|Which {s} do I have?|What was my {s}?", "my {s}|the {s}"),
+    ("colour",
+     "hat|coat|house|sofa|umbrella|kitchen|roof|jacket|dress|bag|phone|laptop|carpet|lamp|van|scooter|shirt|hair|chair"
+     "|bed|wall|pen|cup|garden door|back door|skirt|bathroom|tie|garage",
+     "scarf|truck|tent|bookcase|desk|fence|helmet|sweater|bedroom|suitcase|curtain|motorbike"
+     "|letterbox|gate",
+     "My {s} is {v}.|I have {av} {s}.|The colour of my {s} is {v}.|I painted my {s} {v}.|We have {av} {s}."
+     "|My {s}'s colour is {v}.|I bought {av} {s}.|I've got {av} {s}.|The {s} is {v}.",
+     "What colour is my {s}?|Which colour is my {s}?|What is the colour of my {s}?|What color is my {s}?",
+     "the colour of my {s}|what colour my {s} is"),
+    ("hobby", f"{_PEOPLE[0]}|partner|cousin|{_KNOWN_PEOPLE}", _PEOPLE[1],
+     "My {s}'s hobby is {v}.|My {s} loves {v}.|The hobby of my {s} is {v}.|My {s} is into {v}.|My {s} enjoys {v}."
+     "|My {s} likes {v}.",
+     "What is my {s}'s hobby?|What does my {s} love?|Which hobby does my {s} have?|What does my {s} enjoy?",
+     "my {s}'s hobby|the hobby of my {s}"),
+    ("instrument", f"{_PEOPLE[0]}|partner|daughter|son|{_KNOWN_PEOPLE}", _PEOPLE[1],
+     "My {s} plays the {v}.|My {s}'s instrument is the {v}.|My {s} is learning the {v}.|My {s} plays {v}.",
+     "Which instrument does my {s} play?|What is my {s}'s instrument?|What does my {s} play?",
+     "my {s}'s instrument|which instrument my {s} plays"),
+    ("job", f"{_PEOPLE[0]}|daughter|son|cousin|{_KNOWN_PEOPLE}", _PEOPLE[1],
+     "My {s} is {av}.|My {s} works as {av}.|My {s}'s job is being {av}.|My {s} is working as {av}.|My {s} was {av}.",
+     "What is my {s}'s job?|What does my {s} do?|What does my {s} work as?|What's my {s}'s profession?",
+     "my {s}'s job|what my {s} does"),
+    ("city", f"{_PEOPLE[0]}|partner|daughter|son|cousin|{_KNOWN_PEOPLE}", _PEOPLE[1],
+     "My {s} lives in {v}.|My {s} comes from {v}.|My {s} was born in {v}.|My {s} works in {v}.|My {s} is from {v}."
+     "|My {s} moved to {v}.|I met my {s} in {v}.",
+     "Where does my {s} live?|Where is my {s} from?|Where was my {s} born?|Which city does my {s} live in?",
+     "where my {s} lives|where my {s} was born"),
+    ("language", f"{_PEOPLE[0]}|partner|daughter|son|cousin|{_KNOWN_PEOPLE}", _PEOPLE[1],
+     "My {s} speaks {v}.|My {s} is learning {v}.|My {s}'s native language is {v}.|I speak {v} with my {s}.",
+     "Which language does my {s} speak?|What does my {s} speak?|What language is my {s} learning?",
+     "which language my {s} speaks|my {s}'s language"),
+    ("food drink colour animal", f"{_PEOPLE[0]}|partner|cousin|{_KNOWN_PEOPLE}|dog|cat|horse", _PEOPLE[1],
+     "My {s} likes {v}.|My {s} hates {v}.|My {s} loves {v}.|My {s} does not like {v}.|My {s} prefers {v}."
+     "|The favourite thing of my {s} is {v}.",
+     "What does my {s} like?|What does my {s} hate?|What does my {s} prefer?|What does my {s} not like?",
+     "what my {s} likes|what my {s} hates"),
+    ("food", "breakfast|lunch|tea|a snack|Christmas|supper|my birthday", "brunch|Easter|a treat|the picnic",
+     "For {s} I eat {v}.|I had {v} for {s}.|I always eat {v} for {s}.|We have {v} for {s}.|I will cook {v} for {s}.",
+     "What do I eat for {s}?|What did I have for {s}?|What do we have for {s}?", "what I eat for {s}"),
+    ("drink", "lunch|work|parties|noon|the weekend", "New Year|the beach|dinner parties",
+     "I drink {v} at {s}.|At {s} I drink {v}.|I like to drink {v} at {s}.", "What do I drink at {s}?",
+     "what I drink at {s}"),
+    ("food animal surname thing place",
+     "work for|drive|support|study at|vote for|own|wear|collect|read|listen to|watch|admire|follow|use|sell|build"
+     "|write|teach|miss|know|cook for|dream about|travel by|think about|play with|pray to|write to|bake",
+     "repair|breed|trade|paint|worship|read about|work with|carry|pay for|photograph",
+     "I {s} {v}.|I often {s} {v}.|I {s} {v} every day.|I really {s} {v}.|We {s} {v}.|I always {s} {v}.",
+     "What do I {s}?|Who do I {s}?|What do I often {s}?|What do we {s}?|What do I always {s}?",
+     "what I {s}|what we {s}"),
+    ("number",
+     "shoe size|flat number|pin|bus number|room number|locker number|seat number|weight|height|account number|floor"
+     "|flight number|street number|door code|sister's age|dog's age|shirt number|grade|salary|rent|zip code|score",
+     "dress size|desk number|train number|ticket number|gate number|hat size|cat's age|gate code|table number|licence",
+     "My {s} is {v}.|The number {v} is my {s}.|I have {v} as my {s}.|For me the {s} is {v}."
+     "|{v} is my {s}.|The {s} is {v}.",
+     "What is my {s}?|What's my {s}?|Which {s} do I have?|Which number is my {s}?|What was my {s}?", "my {s}"),
+    ("weekday", *_EVENTS,
+     "My {s} is on {v}.|I have my {s} on {v}.|The {s} is on {v}.|My {s} will be on {v}.",
+     "When is my {s}?|On which day is my {s}?|When do I have my {s}?|When is the {s}?|Which day is my {s}?",
+     "when my {s} is|the day of my {s}"),
+    ("month", *_EVENTS,
+     "My {s} is in {v}.|I have my {s} in {v}.|The {s} is in {v}.|My {s} will be in {v}.",
+     "When is my {s}?|In which month is my {s}?|When do I have my {s}?|When is the {s}?|Which month is my {s} in?",
+     "when my {s} is|the month of my {s}"),
+    ("surname thing", "car|phone|bike|laptop|camera|watch|computer|guitar|printer|fridge|van",
+     "tablet|motorbike|piano|truck|radio",
+     "My {s} is a {v}.|I have a {v} {s}.|My {s} is made by {v}.|The brand of my {s} is {v}.|I bought a {v} {s}.",
+     "Which {s} do I have?|What brand is my {s}?|Who made my {s}?|What kind of {s} do I have?", "the brand of my {s}"),
+    ("surname thing person", "company|firm|bank|team|club|party|school", "charity|agency|foundation|hospital",
+     "I work for a {s} called {v}.|I am at a {s} called {v}.|I support the {s} {v}.|The {s} I like is {v}."
+     "|The {s} I work for is {v}.|I belong to the {s} {v}.",
+     "Which {s} do I work for?|Which {s} do I support?|Which {s} do I like?|Which {s} do I belong to?",
+     "which {s} I work for|which {s} I support"),
+)
 # fmt: on
 CHAT: tuple[tuple[str, tuple[str, ...]], ...] = tuple(
     (query, answers) for queries, answers in _CHAT_GROUPS for query in queries.split("|")
@@ -607,6 +793,50 @@ def _casual(is_test: bool) -> dict[str, list[tuple[str, ...]]]:
 
 
 _CASUAL = {is_test: _casual(is_test) for is_test in (False, True)}
+
+
+def _plural(name: str) -> Attribute:
+    noun = {**_GROUPS[1][1], **_GROUPS[3][1]}[name]
+    filled = [_choices(pattern.replace("{s}", noun)) for pattern in _PAIR_PHRASES]
+    return Attribute(name, ATTRIBUTES[name].value_type, *filled)
+
+
+PLURALS: dict[str, Attribute] = {name: _plural(name) for name in _PAIR_NOUNS}
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A kind of thing that is told though no attribute is about it; `{s}` is its noun."""
+
+    value_types: tuple[str, ...]
+    nouns: tuple[tuple[str, ...], tuple[str, ...]]
+    statements: tuple[str, ...]
+    questions: tuple[str, ...]
+    noun_phrases: tuple[str, ...]
+
+
+FOREIGN: tuple[Foreign, ...] = tuple(
+    Foreign(_words(types), (_choices(train), _choices(test)), *(_choices(phrases) for phrases in rest))
+    for types, train, test, *rest in _FOREIGN_GROUPS
+)
+
+
+# "my aunt's dog" is none of the user's own
+_OWNED_NOUNS = {
+    kind: _choices("|".join(nouns.values())) for kind, nouns, *_ in _GROUPS[1:] if "" not in nouns.values()
+}
+
+
+def _sentence(text: str) -> tuple[tuple[str, ...], str]:
+    """The places of a sentence ("name", "a job", "two cat"), and the sentence as `DialogueWriter.query` fills it."""
+    places = tuple(re.findall(r"{([\w ]+)}", text))
+    marks = iter(
+        ("{&}" * (index > 0) + ("{av}" if place.startswith("a ") else "{v}")) for index, place in enumerate(places)
+    )
+    return places, re.sub(r"{[\w ]+}", lambda _: next(marks), text)
+
+
+_SENTENCES_BY_PART = [[_sentence(text) for text in _choices(part)] for part in _SENTENCES]
 
 
 def value_pairs() -> list[tuple[str, str]]:
@@ -802,16 +1032,25 @@ class DialogueWriter:
         only_open: bool,
         p_new: float = 0.0,
         p_casual: float = 0.0,
+        p_introduction: float = 0.0,
+        p_foreign: float = 0.0,
     ) -> None:
+        self.p_introduction, self.p_foreign = p_introduction, p_foreign
         self.rng, self.split, self.p_open, self.p_new, self.p_noise = rng, split, p_open, p_new, p_noise
         self.p_casual, self.casual = p_casual, _CASUAL[split != "train"]
         self.names = _OPEN_NAMES if only_open else _NEW_NAMES if split == "new" else tuple(ATTRIBUTES)
         self.max_live = min(max_live, len(self.names))
         self.facts: dict[str, _Fact] = {}
+        self.foreign: list[tuple[Foreign, str]] = []
         self.turn = 0
 
     def value_for(self, attribute: Attribute, exclude: Sequence[str] = ()) -> str:
         rng = self.rng
+        if attribute in PLURALS.values():
+            single = ATTRIBUTES[attribute.name]
+            first = self.value_for(single)
+            pair = f"{first} and {self.value_for(single, [first])}"
+            return pair if pair not in exclude else self.value_for(attribute, exclude)
         if attribute.is_open and rng.random() < self.p_open:
             real = self.split == "open" and rng.random() < 0.5
             name = _pick(rng, OPEN_REAL_NAMES) if real else open_name(rng, self.split)
@@ -831,11 +1070,14 @@ class DialogueWriter:
         return self.p_casual > 0 and self.rng.random() < self.p_casual
 
     def statement(self, attribute: Attribute) -> str:
-        return _pick(self.rng, self.casual[attribute.name][0] if self.is_casual() else attribute.statements)
+        is_casual = attribute not in PLURALS.values() and self.is_casual()
+        return _pick(self.rng, self.casual[attribute.name][0] if is_casual else attribute.statements)
 
-    def new_fact(self) -> _Fact:
-        free = [name for name in self.names if name not in self.facts]
-        attribute = ATTRIBUTES[_pick(self.rng, free)]
+    def free(self) -> list[str]:
+        return [name for name in self.names if name not in self.facts]
+
+    def new_fact(self, attribute: Attribute | None = None) -> _Fact:
+        attribute = attribute or ATTRIBUTES[_pick(self.rng, self.free())]
         fact = _Fact(attribute, self.value_for(attribute), self.turn, self.turn)
         self.facts[attribute.name] = fact
         return fact
@@ -868,6 +1110,104 @@ class DialogueWriter:
         also = [(fact.attribute.name, fact.value) for fact in facts[1:]]
         return self.turn_of(query, self.acknowledge(facts, _REPEATS, _PLAIN_ACKS), "state", facts[0], also=also)
 
+    def introduce(self) -> Interaction:
+        """Two or three facts in one turn, or one of two names, as newcomers tell them; at times with a foreign one."""
+        rng, part, free, room = self.rng, int(self.split != "train"), self.free(), self.max_live - len(self.facts)
+        whole = [(places, text) for places, text in _SENTENCES_BY_PART[part] if len(places) <= room]
+        whole = [(places, text) for places, text in whole if all(place.split()[-1] in free for place in places)]
+        if whole and rng.random() < 0.35:
+            places, text = _pick(rng, whole)
+            names = [(place.split()[-1], PLURALS if place.startswith("two ") else ATTRIBUTES) for place in places]
+            facts = [self.new_fact(owner[name]) for name, owner in names]
+            values = [fact.value for fact in facts]
+        else:
+            facts = self.newcomers_facts(free, room)
+            told = [(self.statement(fact.attribute), fact.value) for fact in facts]
+            if len(facts) < 3 and rng.random() < 0.15:
+                told.insert(int(rng.random() * (len(told) + 1)), self.foreign_statement())
+            text, values = self.framed([phrase for phrase, _ in told], part), [value for _, value in told]
+        if rng.random() < 0.25:
+            text = _joined(_pick(rng, _CASUAL_PREFIXES), text)
+        query, kept = self.query(text, *values), len(values) == len(facts)
+        answer = self.acknowledge(facts, _REPEATS, _PLAIN_ACKS if kept else ())
+        also = [(fact.attribute.name, fact.value) for fact in facts[1:]]
+        return self.turn_of(query, answer if kept else f"{answer} {FOREIGN_ANSWERS[2]}", "state", facts[0], also=also)
+
+    def newcomers_facts(self, free: Sequence[str], room: int) -> list[_Fact]:
+        """New facts for one sentence: often the name first, at times two of a kind."""
+        rng = self.rng
+        pairs, facts, wanted = [name for name in PLURALS if name in free], [], min(room, 2 + (rng.random() < 0.4))
+        if "name" in free and rng.random() < 0.5:
+            facts.append(self.new_fact(ATTRIBUTES["name"]))
+        if pairs and len(facts) < wanted and rng.random() < 0.25:
+            facts.append(self.new_fact(PLURALS[_pick(rng, pairs)]))
+            wanted -= rng.random() < 0.3
+        while len(facts) < wanted:
+            facts.append(self.new_fact())
+        return facts
+
+    def framed(self, statements: list[str], part: int) -> str:
+        """The statements as one text; a shared "I" may be said once."""
+        frame = _pick(self.rng, _choices(_FRAMES[len(statements)][part])) if len(statements) > 1 else "{0}."
+        elided = self.rng.random() < 0.3
+
+        def place(match: re.Match) -> str:
+            index = int(match[1])
+            text = statements[index].rstrip(".")
+            if match.start() and frame[match.start() - 2] != ".":
+                text = _lower_first(text)
+                if elided and text.startswith("I ") and statements[index - 1].startswith(("I ", "I'm ")):
+                    text = text[2:]
+            return "{&}" * (index > 0) + text
+
+        return re.sub(r"{(\d)}", place, frame)
+
+    def foreign_statement(self) -> tuple[str, str]:
+        """A statement that is about no attribute, with its noun, and its value."""
+        rng, (foreign, noun) = self.rng, self.foreign_kind()
+        kind = _pick(rng, foreign.value_types)
+        value = self.value_for(_pick(rng, [a for a in ATTRIBUTES.values() if a.value_type == kind]))
+        self.foreign.append((foreign, noun))
+        return _pick(rng, foreign.statements).replace("{s}", noun), value
+
+    def foreign_kind(self) -> tuple[Foreign, str]:
+        """What is said of a thing, and its noun: of the list, somebody's, or in training a word out of no list."""
+        rng, part = self.rng, int(self.split != "train")
+        # the first kinds are what people tell first
+        foreign, choice = FOREIGN[int(len(FOREIGN) * rng.random() ** 1.5)], rng.random()
+        if choice < 0.3 and part == 0:
+            return foreign, open_name(rng, "train").lower()
+        owned = _OWNED_NOUNS.get(foreign.value_types[0])
+        if choice > 0.85 and owned:
+            return foreign, f"{_pick(rng, FOREIGN[0].nouns[part])}'s {_pick(rng, owned)}"
+        return foreign, _pick(rng, foreign.nouns[part])
+
+    def tell_foreign(self) -> Interaction:
+        """What no attribute is about is told or asked for, or then an attribute like it, which must be as before."""
+        rng, style = self.rng, self.rng.random()
+        if style < 0.5 or not self.foreign:
+            told = [self.foreign_statement() for _ in range(1 + (rng.random() < 0.1))]
+            phrases = [phrase for phrase, _ in told]
+            template = phrases[0] if len(told) == 1 else self.framed(phrases, int(self.split != "train"))
+            if rng.random() < 0.25:
+                template = _joined(_pick(rng, _CASUAL_PREFIXES), template)
+            turn = self.turn_of(self.query(template, *(value for _, value in told)), FOREIGN_ANSWERS[0], "foreign")
+            turn["value"] = told[0][1]
+            return turn
+        if style < 0.7:
+            types = self.foreign[-1][0].value_types
+            name = _pick(rng, [a.name for a in ATTRIBUTES.values() if a.value_type in types])
+            if name not in self.facts:
+                return self.ask_unknown(name)
+            if self.facts[name] in self.askable():
+                return self.ask(self.facts[name])
+        foreign, noun = _pick(rng, self.foreign) if style < 0.9 else self.foreign_kind()
+        if rng.random() < 0.4:
+            template = _pick(rng, _ASK_PHRASES).replace("{np}", _pick(rng, foreign.noun_phrases))
+        else:
+            template = _pick(rng, foreign.questions)
+        return self.turn_of(self.query(template.replace("{s}", noun)), FOREIGN_ANSWERS[1], "foreign")
+
     def overwrite(self) -> Interaction:
         rng = self.rng
         fact = self.facts[_pick(rng, list(self.facts))]
@@ -885,7 +1225,7 @@ class DialogueWriter:
         return self.turn_of(query, self.acknowledge([fact], _CHANGE_REPEATS, _CHANGE_ACKS), "overwrite", fact)
 
     def acknowledge(self, facts: Sequence[_Fact], repeats: Sequence[str], plain: Sequence[str]) -> str:
-        if self.rng.random() < 1 / 3:
+        if plain and self.rng.random() < 1 / 3:
             return _pick(self.rng, plain)
         sentences = [_fill(_pick(self.rng, fact.attribute.answers), fact.value) for fact in facts]
         return _pick(self.rng, repeats) + " ".join([_lower_first(sentences[0]), *sentences[1:]])
@@ -913,8 +1253,8 @@ class DialogueWriter:
         fact.said = self.turn
         return turn
 
-    def ask_unknown(self) -> Interaction:
-        name = _pick(self.rng, [name for name in ATTRIBUTES if name not in self.facts])
+    def ask_unknown(self, name: str | None = None) -> Interaction:
+        name = name or _pick(self.rng, [name for name in ATTRIBUTES if name not in self.facts])
         turn = self.turn_of(self.question(ATTRIBUTES[name]), UNKNOWN_ANSWER, "unknown")
         turn["attribute"] = name
         return turn
@@ -953,6 +1293,8 @@ class DialogueWriter:
 
     def next(self, weights: Sequence[float], p_unknown: float, p_two: float) -> Interaction:
         rng = self.rng
+        if self.p_foreign and rng.random() < self.p_foreign:
+            return self.tell_foreign()
         draw = rng.random() * sum(weights)
         kind = "chat"
         for name, weight in zip(("state", "overwrite", "ask", "chat"), weights, strict=True):
@@ -972,6 +1314,8 @@ class DialogueWriter:
             kind = "state" if len(self.facts) < self.max_live else "overwrite"
         if kind == "chat" or self.max_live < 1:
             return self.chat()
+        if kind == "state" and self.p_introduction and rng.random() < self.p_introduction:
+            return self.introduce()
         return self.state(p_two) if kind == "state" else self.overwrite()
 
 
@@ -990,6 +1334,8 @@ def generate_dialogue(
     p_two: float = 0.1,
     p_noise: float = 0.15,
     p_casual: float = 0.0,
+    p_introduction: float = 0.0,
+    p_foreign: float = 0.0,
     max_live_facts: int | None = None,
     only_open: bool = False,
 ) -> Dialogue:
@@ -998,6 +1344,8 @@ def generate_dialogue(
     `only_open` states nothing but attributes that any word fits, as split "open" does; `p_open` is the share of their
     values that are names out of no list, `p_new` that share for the other attributes (see `NEW_TYPES`). `p_casual` is
     the share of the phrases that are as people type them, and not those that all else here was measured with.
+    `p_introduction` is the share of the statements that tell several facts in a sentence, `p_foreign` that of the
+    turns about things that no attribute is about (kind "foreign"), or about an attribute that is like the last one.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {SPLITS}, got {split!r}")
@@ -1011,6 +1359,8 @@ def generate_dialogue(
         only_open or split == "open",
         float(split == "new") if p_new is None else p_new,
         p_casual,
+        p_introduction,
+        p_foreign,
     )
     turns = []
     for writer.turn in range(num_turns):
@@ -1040,7 +1390,10 @@ def contains_value(text: str, value: str) -> bool:
 
 
 def score_answer(interaction: Interaction, answer_text: str) -> dict[str, bool]:
-    """Judge an answer: `correct` is the current value for questions, "not told" for unknown ones, else equality."""
+    """
+    Judge an answer: `correct` is the current value for questions, "not told" for unknown ones, "cannot keep" for
+    what no attribute is about, else equality.
+    """
     value, kind = interaction["value"], interaction["kind"]
     right = value is not None and contains_value(answer_text, value)
     old = any(contains_value(answer_text, stale) for stale in interaction["stale"])
@@ -1049,6 +1402,8 @@ def score_answer(interaction: Interaction, answer_text: str) -> dict[str, bool]:
         correct = right and not old
     elif kind == "unknown":
         correct = abstained
+    elif kind == "foreign":
+        correct = "cannot keep" in answer_text
     else:
         correct = answer_text.strip() == interaction["answer"]
     return {"correct": correct, "stale": old and not right, "abstained": abstained}

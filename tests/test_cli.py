@@ -573,7 +573,7 @@ def test_chat_example_ends_with_the_line_that_it_promises(folder, monkeypatch, c
 def test_training_does_not_start_from_a_broken_model(rxt, folder, tmp_path, fault):
     broken_model(folder, tmp_path, fault)
     short = ("--max_steps", "1", "--dialogues", "4")
-    words = ("--model", tmp_path, "--data", "facts", "--output_dir", tmp_path / "out", *short)
+    words = ("--model", tmp_path, "--data", rxt_hf.DEMO / "test.jsonl.gz", "--output_dir", tmp_path / "out", *short)
     code, out, err = rxt("train", "memory_aware", *words)
     assert (code, out) == (2, "") and FAULTS[fault] in err
 

@@ -4,15 +4,18 @@ import json
 import math
 import runpy
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from rxt_hf import DEMO
 from rxt_hf.chat_template import encode_interaction, train_tokenizer
 from rxt_hf.data.collator import RxTEpisodeCollator
-from rxt_hf.data.facts import corpus_texts, generate_dialogue
+from rxt_hf.data.facts import corpus_texts
+from rxt_hf.data.readers import cut_episode, read_episodes
 from rxt_hf.training.preference import (
     PreferenceArguments,
     PreferenceTrainer,
@@ -21,6 +24,7 @@ from rxt_hf.training.preference import (
     encode_preferences,
     preference_interactions,
     preference_loss,
+    recalls_all,
 )
 
 from .models import EXPERTS, random_ids, tiny_model
@@ -305,9 +309,12 @@ def test_own_mistakes_are_the_greedy_answers_under_the_memory_of_reference_answe
     tokenizer = train_tokenizer(corpus_texts(50), vocab_size=300, max_length=96)
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=128)
     # dialogues may differ in length
-    dialogues = [generate_dialogue(seed, num_turns=4 + seed % 2) for seed in range(1_000_000, 1_000_004)]
+    dialogues = [
+        cut_episode(episode, 5 + row % 2) for row, episode in enumerate(islice(read_episodes(DEMO, "test"), 6))
+    ]
     found = add_own_mistakes(model, tokenizer, dialogues, max_new_tokens=8, is_right=lambda turn, _: False)
-    questions = [[turn["kind"] in ("ask", "unknown") for turn in dialogue["interactions"]] for dialogue in dialogues]
+    questions = [["recall" in turn for turn in dialogue["interactions"]] for dialogue in dialogues]
+    assert 3 <= sum(map(any, questions)) < 6
     assert [[("rejected" in turn) for turn in turns] for turns in found] == [
         row[: len(row) - row[::-1].index(True)] for row in questions if any(row)
     ]
@@ -326,7 +333,15 @@ def test_own_mistakes_are_the_greedy_answers_under_the_memory_of_reference_answe
             assert each["rejected"] == tokenizer.decode(said, skip_special_tokens=True)
         ids = encode_interaction(tokenizer, each["query"], each["answer"])["input_ids"]
         memory = model.update_memory(memory, torch.tensor([ids]))
+    # by default right is what has the recalled words, which a random model does not say
+    assert add_own_mistakes(model, tokenizer, dialogues, max_new_tokens=8) == found
     assert add_own_mistakes(model, tokenizer, dialogues, max_new_tokens=2, is_right=lambda turn, _: True) == []
+    assert add_own_mistakes(model, tokenizer, dialogues, max_new_tokens=2, is_asked=lambda _: False) == []
+
+
+def test_an_answer_is_right_that_has_all_recalled_words():
+    turn = {"query": "Who?", "answer": "Rex and Mia", "recall": [[0, 3, 1], [8, 11, 2]]}
+    assert recalls_all(turn, "Mia, Rex!") and not recalls_all(turn, "Mia, Rexy") and not recalls_all(turn, "mia, Rex")
 
 
 def test_the_recipe_says_so_where_the_model_makes_no_mistake(tmp_path, monkeypatch):

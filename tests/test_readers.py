@@ -6,8 +6,10 @@ Real dialogues are not part of this repository: RXT_DATA names their folder, or 
 import gzip
 import json
 import os
+import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from memory_tasks.tasks import generate_remember
@@ -129,6 +131,33 @@ def test_a_data_set_gives_the_episodes_of_its_rows(tokenizer):
     assert episode["id"] == 7
     assert [turn["answer"] for turn in episode["interactions"]] == [turn["answer"] for turn in SPLIT]
     assert Episodes(tokenizer, [episode])[0] == Episodes(tokenizer, [{"interactions": SPLIT}])[0]
+
+
+def test_a_data_set_of_the_hub_is_read_by_name(tmp_path, monkeypatch):
+    def load_dataset(name, subset, split):
+        if split != "train":
+            raise ValueError(f"Unknown split \"{split}\".\nShould be one of ['train'].")
+        return [{"query": name, "answer": str(subset)}, {"query": 3}]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    first = next(read_episodes("some-one/chats:small", "train"))
+    assert first == {"interactions": [{"query": "some-one/chats", "answer": "small"}]}
+    with pytest.raises(ValueError, match="some-one/chats, train, row 1: expected interactions"):
+        list(read_episodes("some-one/chats", "train"))
+    with pytest.raises(ValueError, match=r"no file or folder, and cannot .*: Unknown split \"dev\"\. Should be"):
+        list(read_episodes("some-one/chats", "dev"))
+    with pytest.raises(ValueError, match="name the split"):
+        list(read_episodes("some-one/chats"))
+    # what is there, or ends as files do, is a file
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"some-one/train.jsonl"):
+        list(read_episodes("some-one/train.jsonl", "train"))
+    (tmp_path / "some-one" / "chats").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"some-one/chats has no split 'train', only \[\]"):
+        list(read_episodes("some-one/chats", "train"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"needs: pip install 'rxt-hf\[train\]'"):
+        list(read_episodes("no-one/chats", "train"))
 
 
 def test_generated_dialogues_are_episodes_as_they_are(tokenizer):

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch.nn.functional import cosine_similarity, pad
 
+from rxt_hf import DEMO
 from rxt_hf.chat_template import encode_interaction, train_tokenizer
 from rxt_hf.data.collator import RxTEpisodeCollator
-from rxt_hf.data.facts import UNKNOWN_ANSWER, corpus_texts, generate_dialogue
+from rxt_hf.data.facts import corpus_texts, generate_dialogue
+from rxt_hf.data.readers import cut_episode, read_episodes
 from rxt_hf.evaluation.text_scores import corpus_bleu, ngram_counts, sentence_bleu, word_ids
 from rxt_hf.training.reinforcement import (
     ReinforcementArguments,
@@ -262,23 +264,15 @@ def test_samples_of_one_dialogue_stand_together_and_dialogues_may_differ_in_leng
 # ---- rewards
 
 
-def test_recall_reward_wants_the_exact_value_and_nothing_of_turns_that_ask_for_nothing():
-    base = {"attribute": "dog", "also": [], "distance": 2, "distance_stated": 2, "live_facts": 1}
-    ask = base | {"kind": "ask", "value": "Rex", "stale": ["Fido"], "answer": "Your dog is called Rex."}
-    assert recall_reward(ask, "It is Rex.") == 1.0
-    assert recall_reward(ask, "It is Rexy.") == recall_reward(ask, "Rex, not Fido.") == recall_reward(ask, "") == 0.0
-    unknown = ask | {"kind": "unknown", "value": None, "stale": []}
-    assert (recall_reward(unknown, UNKNOWN_ANSWER), recall_reward(unknown, "It is Rex.")) == (1.0, 0.0)
-    marked = {"answer": "Rex and Mia", "recall": [[0, 3, 1], [8, 11, 2]]}
-    assert (recall_reward(marked, "Mia!"), recall_reward(marked, "Mia, Rex")) == (0.5, 1.0)
-    task = {"kind": "ask", "answer": "garden"}
-    assert (recall_reward(task, "garden"), recall_reward(task, "kitchen")) == (1.0, 0.0)
-    assert all(math.isnan(recall_reward(ask | {"kind": kind}, "Rex")) for kind in ("state", "overwrite", "chat"))
+def test_recall_reward_is_the_share_of_marked_words():
+    turn = {"answer": "Rex and Mia", "recall": [[0, 3, 1], [8, 11, 2]]}
+    assert [recall_reward(turn, said) for said in ("Mia!", "Mia, Rex", "Rexy", "")] == [0.5, 1.0, 0.0, 0.0]
+    assert math.isnan(recall_reward({"answer": "Rex"}, "Rex")) and math.isnan(recall_reward(turn | {"recall": []}, ""))
 
 
 def test_rewards_compare_with_the_reference_answer_and_the_turn_that_states_the_fact(tokenizer, tmp_path):
-    some = (generate_dialogue(seed, num_turns=3) for seed in range(1_000_000, 1_000_999))
-    asking = [each for each in some if each["interactions"][2]["distance_stated"] == 2][:2]
+    some = (cut_episode(episode, 3) for episode in read_episodes(DEMO, "test"))
+    asking = [each for each in some if [span[2] for span in each["interactions"][2].get("recall", [])] == [2]][:2]
     model = model_for(tokenizer)
     trainer = trainer_for(model, tokenizer, tmp_path, group_size=2)
     # the first sample of a dialogue says what the reference says, the second something else
@@ -304,6 +298,15 @@ def test_rewards_compare_with_the_reference_answer_and_the_turn_that_states_the_
         answer, saved = features[row]["labels"][2], features[row]["input_ids"][0]
         close(found["saved_similarity"][row, 2], cosine_similarity(mean(answer), mean(saved), dim=0))
     assert mean_embeddings(model.get_input_embeddings().weight, torch.tensor([[-100, -1]])).eq(0).all()
+
+
+def test_a_reward_of_your_own_takes_the_place_of_recall(tokenizer, tmp_path):
+    trainer = trainer_for(model_for(tokenizer), tokenizer, tmp_path, group_size=2)
+    trainer.reward = lambda turn, answer: float(len(answer))
+    batch = RxTEpisodeCollator(0)([{"input_ids": [[1, 4, 9, 5, 9, 2]], "labels": [[-100] * 4 + [9, 2]]}] * 2)
+    dialogue = {"interactions": [{"query": "Hi", "answer": "Ho"}]}
+    found = trainer.rewards(trainer.model, [dialogue], batch, [["abc"], [""]])
+    assert found["recall"].tolist() == [[3.0], [0.0]]
 
 
 def test_the_reward_of_an_answer_is_the_weighted_sum(tokenizer, tmp_path):

@@ -4,15 +4,20 @@
 import argparse
 import json
 import logging
+import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from demo import write
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
+from rxt_hf import DEMO
+from rxt_hf.data.readers import read_jsonl
 from rxt_hf.training.run import (
     RUN_NAME,
     STAGE_NAMES,
@@ -31,7 +36,7 @@ from .models import tiny_config
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes" / "curriculum"
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_memory_slots": 6}
 FIELDS = {
-    "data": "facts",
+    "data": str(DEMO / "test.jsonl.gz"),
     "dialogues": 24,
     "turns": 3,
     "max_steps": 3,
@@ -103,7 +108,7 @@ def chain(tmp_path_factory):
         logger.addHandler(handler)
     new = {"override": SIZE, "vocab_size": 300, "tokens": 64}
     special = {
-        "pretraining": new | {"eval_data": "facts", "eval_dialogues": 4},
+        "pretraining": new | {"eval_data": str(DEMO), "eval_dialogues": 4},
         "memory_aware": {"max_steps": 12, "unfreeze": {"model.layers.": 2}},
     }
     with warnings.catch_warnings(record=True) as caught:
@@ -147,13 +152,12 @@ def test_the_card_tells_stage_start_data_steps_and_losses(chain):
     first, last = ((folders[stage] / "README.md").read_text() for stage in ("pretraining", "memory_aware"))
     assert "Stage `pretraining` of the curriculum, 3 steps, started from random weights; " in first
     assert "Stage `memory_aware` of the curriculum, 12 steps, started from memory_attention; " in last
-    assert "base_model: memory_attention" in last and "- facts" in last and " s on 1 x cpu. Data:" in last
-    assert (
-        f"| training loss, as last logged | facts, train | {round(losses(folders['memory_aware'])[12], 4)} |" in last
-    )
+    assert "base_model: memory_attention" in last and "- test.jsonl.gz" in last and " s on 1 x cpu. Data:" in last
+    loss = round(losses(folders["memory_aware"])[12], 4)
+    assert f"| training loss, as last logged | test.jsonl.gz, train | {loss} |" in last
     history = json.loads((folders["pretraining"] / "trainer_state.json").read_text())["log_history"]
     (eval_loss,) = (entry["eval_loss"] for entry in history if "eval_loss" in entry)
-    assert f"| evaluation loss | facts, test | {round(eval_loss, 4)} |" in first
+    assert f"| evaluation loss | demo, test | {round(eval_loss, 4)} |" in first
 
 
 def test_a_run_goes_on_from_its_last_checkpoint_as_if_it_had_not_ended(chain, tmp_path):
@@ -184,6 +188,26 @@ def test_preferences_are_learned_from_rows_with_an_adapter(chain, tmp_path):
     assert "with LoRA of rank 2, 3 steps" in (folder / "README.md").read_text()
 
 
+def test_data_sets_of_the_hub_are_read_by_name(tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(name, subset, split):
+        asked.append((name, subset, split))
+        return list(read_jsonl(DEMO / "test.jsonl.gz"))[:8]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    new = {"override": SIZE, "vocab_size": 300, "max_steps": 1, "max_batch_tokens": 2048}
+    folder = train("memory_aware", tmp_path, **new, data="some-one/chats:small", eval_data=["some-one/chats"])
+    # the tokenizer is trained on the data first
+    assert asked == [
+        ("some-one/chats", "small", "train"),
+        ("some-one/chats", "small", "train"),
+        ("some-one/chats", None, "test"),
+    ]
+    card = (folder / "README.md").read_text()
+    assert "- some-one/chats:small" not in card and "- some-one/chats\n" in card
+
+
 def test_pretraining_reads_plain_text_and_rows_of_text_and_dialogues(tmp_path):
     (tmp_path / "train.txt").write_text("One document.\n\nAnother one.\n")
     (tmp_path / "rows.jsonl").write_text(
@@ -209,11 +233,11 @@ def test_pretraining_reads_plain_text_and_rows_of_text_and_dialogues(tmp_path):
 def test_the_command_line_overrides_the_file_and_the_file_our_defaults(tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(
-        "data: facts\nlearning_rate: 1e-3\nmax_steps: 5\nlogging_steps: 7\nunfreeze: {model.layers.: 2}\n"
+        "data: some.jsonl\nlearning_rate: 1e-3\nmax_steps: 5\nlogging_steps: 7\nunfreeze: {model.layers.: 2}\n"
     )
     options, args = parse("memory_aware", ["--max_steps", "9", "--turns", "4"], config)
     assert (args.max_steps, args.learning_rate, args.logging_steps, args.save_steps) == (9, 1e-3, 7, 100)
-    assert (options.data, options.turns, options.unfreeze) == (["facts"], 4, {"model.layers.": 2})
+    assert (options.data, options.turns, options.unfreeze) == (["some.jsonl"], 4, {"model.layers.": 2})
     assert parse("preference", ["--beta", "0.3"])[1].beta == 0.3
 
 
@@ -242,7 +266,7 @@ BAD_FILES = {
 def test_a_wrong_file_costs_one_sentence_before_anything_is_loaded(text, tmp_path, monkeypatch):
     monkeypatch.setattr("rxt_hf.training.run.load_tokenizer", lambda *_: pytest.fail("too late"))
     config = tmp_path / "run.yaml"
-    config.write_text(text if text.startswith(("data", "[")) else f"data: facts\n{text}")
+    config.write_text(text if text.startswith(("data", "[")) else f"data: {DEMO}/test.jsonl.gz\n{text}")
     with pytest.raises((ValueError, OSError), match=BAD_FILES[text]) as caught:
         run(arguments_of("memory_aware", "--config", config, "--output_dir", tmp_path / "out"))
     assert "\n" not in str(caught.value)
@@ -251,7 +275,16 @@ def test_a_wrong_file_costs_one_sentence_before_anything_is_loaded(text, tmp_pat
 
 @pytest.mark.parametrize("stage", ["pretraining", "finetuning", "memory_attention", "preference"])
 def test_labels_of_a_stage_with_losses_of_its_own_are_not_smoothed(stage, tmp_path):
-    words = ["--data", "facts", "--model", "somewhere", "--output_dir", tmp_path, "--label_smoothing_factor", "0.1"]
+    words = [
+        "--data",
+        DEMO / "test.jsonl.gz",
+        "--model",
+        "somewhere",
+        "--output_dir",
+        tmp_path,
+        "--label_smoothing_factor",
+        "0.1",
+    ]
     with pytest.raises(ValueError, match="is for memory_aware without torch_compile"):
         run(arguments_of(stage, *words))
 
@@ -267,13 +300,13 @@ def test_data_that_do_not_fit_the_stage_are_refused(chain, tmp_path):
         train("preference", tmp_path, **start)
     with pytest.raises(ValueError, match="plain text: the stage finetuning needs dialogues"):
         train("finetuning", tmp_path, **start | {"data": str(tmp_path / "plain.txt")})
-    with pytest.raises(FileNotFoundError, match=r"has no test.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"has no split 'test', only"):
         train("finetuning", tmp_path, **start, eval_data=str(tmp_path))
     with pytest.raises(ValueError, match=r"both .*name another folder"):
         train("finetuning", tmp_path, **start | {"output_dir": start["model"]})
-    (tmp_path / "facts.jsonl").write_text(json.dumps({"interactions": [turn, turn]}))
+    (tmp_path / "two.jsonl").write_text(json.dumps({"interactions": [turn, turn]}))
     with pytest.raises(ValueError, match=r"max_batch_tokens=9 does not hold the largest item"):
-        train("memory_aware", tmp_path, **start | {"data": str(tmp_path / "facts.jsonl")}, max_batch_tokens=9)
+        train("memory_aware", tmp_path, **start | {"data": str(tmp_path / "two.jsonl")}, max_batch_tokens=9)
     with pytest.raises(ValueError, match=r"No trainable parameter starts with 'model.layers.'"):
         train("memory_attention", tmp_path, **start, unfreeze={"model.layers.": 2})
 
@@ -290,11 +323,13 @@ def test_batches_hold_every_feature_once_and_no_more_tokens_than_asked_for():
 def test_recipes_of_the_curriculum_follow_each_other(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert {path.stem for path in RECIPES.glob("*.yaml")} == set(STAGE_NAMES)
+    for name in ("train", "test", "preference"):
+        write.main(["--output", f"runs/data/{name}.jsonl", "--dialogues", "1"])
     before = None
     for stage in STAGE_NAMES:
         options, args = parse(stage, config=RECIPES / f"{stage}.yaml")
         check(stage, options, args)
-        assert options.model == before and options.data == ["facts"] and 0 < args.max_steps <= 200
+        assert options.model == before and 0 < args.max_steps <= 200
         before = args.output_dir
 
 

@@ -385,9 +385,9 @@ def test_preferences_are_checked_as_dialogues_are(tmp_path, row, message):
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join(map(json.dumps, [good | {"interactions": None}, row])))
     with pytest.raises(ValueError, match=f"{path}, line 2: .*{message}"):
-        list(training.preferences_of(str(path), "train", training.RunArguments(), None, None))
+        list(training.preferences_of(str(path), "train", training.RunArguments()))
     options = training.RunArguments(skip_bad_rows=True)
-    (turns,) = training.preferences_of(str(path), "train", options, None, None)
+    (turns,) = training.preferences_of(str(path), "train", options)
     assert turns == [{"query": "Hi!", "answer": "Hello.", "rejected": "No."}]
 
 

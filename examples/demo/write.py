@@ -5,40 +5,58 @@ Writes generated dialogues about facts as JSONL, which `rxt train` and `rxt eval
     PYTHONPATH=examples python -m demo.write --split seen --dialogues 100 --probes --output rxt_hf/demo/test.jsonl.gz
 
 wrote the test set of the demo. The values that an answer must recall are marked, and `--probes` adds a question about
-each fact after the dialogue. The default seeds of the split train are training seeds, those of all others test seeds.
+each fact after the dialogue; `--wrong-answers-of MODEL` keeps the dialogues in which a model is wrong, with what it
+says as the rejected answer. The default seeds of the split train are training seeds, those of all others test seeds.
 """
 
 import argparse
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal, cast
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo.recall import FIRST_TEST_SEED
-from rxt_hf.data.facts import ATTRIBUTES, FIRST_TRAINING_SEED, SPLITS, Dialogue, Interaction, generate_dialogue
+from rxt_hf.data.facts import (
+    ATTRIBUTES,
+    FIRST_TRAINING_SEED,
+    SPLITS,
+    Dialogue,
+    Interaction,
+    generate_dialogue,
+    score_answer,
+)
+from rxt_hf.training.preference import add_own_mistakes
+
+# kinds of turns that ask for something
+QUESTIONS = ("ask", "unknown")
 
 
-def fact_dialogues(
-    number: int, *, split: str = "train", turns: int = 8, first_seed: int | None = None, probes: bool = False
-) -> Iterator[dict[str, Any]]:
-    """Yields episodes, see `rxt_hf.data.readers`; the values that are asked for are marked as recalled."""
+def generated(number: int, *, split: str = "train", turns: int = 8, first_seed: int | None = None) -> list[Dialogue]:
+    """Returns dialogues of consecutive seeds, by default training seeds for the split train, else test seeds."""
     if first_seed is None:
         first_seed = FIRST_TRAINING_SEED if split == "train" else FIRST_TEST_SEED
-    for seed in range(first_seed, first_seed + number):
-        dialogue = generate_dialogue(seed, split=split, num_turns=turns)
+    return [generate_dialogue(first_seed + row, split=split, num_turns=turns) for row in range(number)]
+
+
+def fact_dialogues(number: int, *, probes: bool = False, **options: Any) -> Iterator[dict[str, Any]]:
+    """Yields [`generated`] dialogues as `rxt_hf.data.readers` has them, with the values that are asked for marked."""
+    for dialogue in generated(number, **options):
         episode: dict[str, Any] = {"interactions": [marked(turn) for turn in dialogue["interactions"]]}
         yield episode | ({"probes": probes_of(dialogue)} if probes else {})
 
 
-def marked(turn: Interaction) -> dict[str, Any]:
-    """A turn in the schema of `rxt_hf.data.readers`; the value that it asks for is `recall`."""
+def marked(turn: Interaction, distance: Literal["distance", "distance_stated"] = "distance") -> dict[str, Any]:
+    """A turn in the schema of `rxt_hf.data.readers`; the value that it asks for is `recall`, at a `distance`."""
     found = {"query": turn["query"], "answer": turn["answer"]}
     if turn["kind"] != "ask":
         return found
     start = turn["answer"].rindex(str(turn["value"]))
-    return found | {"recall": [[start, start + len(str(turn["value"])), turn["distance"]]]}
+    return found | {"recall": [[start, start + len(str(turn["value"])), turn[distance]]]}
 
 
 def probes_of(dialogue: Dialogue) -> list[dict[str, Any]]:
@@ -59,6 +77,17 @@ def probes_of(dialogue: Dialogue) -> list[dict[str, Any]]:
     return probes
 
 
+def wrong_answers(model: Any, tokenizer: Any, dialogues: Sequence[Dialogue]) -> list[list[dict[str, Any]]]:
+    """Returns the turns of the dialogues with what the model answers wrongly as `rejected`."""
+    return add_own_mistakes(
+        model,
+        tokenizer,
+        dialogues,
+        is_asked=lambda turn: turn["kind"] in QUESTIONS,
+        is_right=lambda turn, answer: score_answer(cast("Interaction", turn), answer)["correct"],
+    )
+
+
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes JSONL, packed if the name ends in .gz; equal rows give equal bytes."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
@@ -74,15 +103,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=8, help="turns of a dialogue (default: 8)")
     parser.add_argument("--first-seed", type=int, help="seed of the first dialogue (default: that of the split)")
     parser.add_argument("--probes", action="store_true", help="add questions that are asked after the dialogue")
+    parser.add_argument("--wrong-answers-of", metavar="MODEL", help="folder of a model that answers the questions")
     options = parser.parse_args(argv)
-    rows = fact_dialogues(
-        options.dialogues,
-        split=options.split,
-        turns=options.turns,
-        first_seed=options.first_seed,
-        probes=options.probes,
+    choices = {"split": options.split, "turns": options.turns, "first_seed": options.first_seed}
+    if options.wrong_answers_of is None:
+        write_rows(options.output, fact_dialogues(options.dialogues, probes=options.probes, **choices))
+        return
+    model, tokenizer = (
+        auto.from_pretrained(options.wrong_answers_of) for auto in (AutoModelForCausalLM, AutoTokenizer)
     )
-    write_rows(options.output, rows)
+    dialogues = iter(generated(options.dialogues, **choices))
+    batches = iter(lambda: list(islice(dialogues, 64)), [])
+    found = [turns for batch in batches for turns in wrong_answers(model, tokenizer, batch)]
+    if not found:
+        raise SystemExit(f"{options.wrong_answers_of} answers every question right: use more --dialogues.")
+    # an answer of nothing is not read
+    names = ("query", "answer", "rejected")
+    rows = [[{name: turn[name] for name in names if turn.get(name)} for turn in turns] for turns in found]
+    write_rows(options.output, ({"interactions": turns} for turns in rows))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from random import Random
 
 import torch
 from demo.recall import recall
+from demo.write import wrong_answers
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -29,7 +30,6 @@ from rxt_hf.evaluation.speed import environment
 from rxt_hf.training.preference import (
     PreferenceArguments,
     PreferenceTrainer,
-    add_own_mistakes,
     encode_preferences,
 )
 
@@ -83,7 +83,7 @@ def find_pairs(model, tokenizer, options: Recipe) -> list[list[dict]]:
         mix = MIX | ({"only_open": True, "p_open": 1.0} if number % 3 == 2 else {})
         first = FIRST_SEED + number * options.dialogues
         seeds = range(first, first + options.dialogues)
-        found = add_own_mistakes(model, tokenizer, [generate_dialogue(seed, num_turns=16, **mix) for seed in seeds])
+        found = wrong_answers(model, tokenizer, [generate_dialogue(seed, num_turns=16, **mix) for seed in seeds])
         pairs += [with_contrast(turns, rng) for turns in found]
     return pairs
 

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from demo.curriculum import FactCurriculum
+from demo.curriculum import FactCurriculum, fact_reward
 from preference import loaded, measured, report
 from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
@@ -79,6 +79,7 @@ def main() -> None:
         args,
         train_dataset=FactCurriculum(args.max_steps, args.per_device_train_batch_size),
         processing_class=tokenizer,
+        reward=fact_reward,
         callbacks=[CpuBudget(folder, options.cpu_seconds)],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir))

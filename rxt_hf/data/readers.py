@@ -16,7 +16,9 @@ written into the memory, and nothing is learned from it. An episode is a mapping
 """
 
 import copy
+import errno
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -35,6 +37,7 @@ from .rows import to_episode
 logger = logging.get_logger(__name__)
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".json")
+HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(:[\w.-]+)?")
 
 
 class Episode(dict):
@@ -53,7 +56,8 @@ def converted_rows(
     Raises: `ValueError` that begins with the place for a row that is not JSON or that `convert` refuses.
     """
     if isinstance(source, str | os.PathLike):
-        rows = read_rows(_split_file(Path(source), split))
+        path = find_file(source, split)
+        rows = _hub_rows(str(source), split) if path is None else read_rows(path)
     elif isinstance(source, Mapping):
         if split not in source:
             raise FileNotFoundError(f"There is no split {split!r}, only {sorted(source)}.")
@@ -91,14 +95,14 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
 
 def read_episodes(source: Any, split: str | None = None, *, skip_bad_rows: bool = False) -> Iterator[dict[str, Any]]:
     r"""
-    Reads episodes from a JSONL file or a JSON array, a folder of them, a `datasets.Dataset`, or any rows.
+    Reads episodes from a JSONL file or a JSON array, a folder of them, a data set of the Hub, or any rows.
 
     See [`rxt_hf.data.rows.to_episode`] for what a row may hold. Conversations in which nothing is answered are left
     out.
 
     Args:
-        source (`str`, `os.PathLike`, `Mapping` or `Iterable[Mapping]`): a path; rows; or rows by split, as a
-            `datasets.DatasetDict` has them.
+        source (`str`, `os.PathLike`, `Mapping` or `Iterable[Mapping]`): a path; "owner/name" or "owner/name:subset"
+            of the Hub; rows; or rows by split, as a `datasets.DatasetDict` has them.
         split (`str`, *optional*): in a folder, the name of the file: `train` reads `train.jsonl`, `train.jsonl.gz` or
             `train.json`.
         skip_bad_rows (`bool`): leaves out rows that cannot be read; a warning at the end says how many, and why.
@@ -125,23 +129,56 @@ def read_episodes(source: Any, split: str | None = None, *, skip_bad_rows: bool 
 
 
 def sampled(
-    folder: str | os.PathLike, split: str, number: int | None, *, skip_bad_rows: bool = False
+    source: str | os.PathLike, split: str, number: int | None, *, skip_bad_rows: bool = False
 ) -> list[dict[str, Any]]:
     """Returns `number` random dialogues of a split, the same ones every time, or all of them without a number."""
-    dialogues = list(read_episodes(folder, split, skip_bad_rows=skip_bad_rows))
+    dialogues = list(read_episodes(source, split, skip_bad_rows=skip_bad_rows))
     if not dialogues:
-        raise ValueError(f"{folder} holds no dialogue in which something is answered.")
+        raise ValueError(f"{source} holds no dialogue in which something is answered.")
     return dialogues if number is None else Random(0).sample(dialogues, min(number, len(dialogues)))
 
 
-def _split_file(path: Path, split: str | None) -> Path:
-    if not path.is_dir():
+def find_file(source: str | os.PathLike, split: str | None, endings: Sequence[str] = ENDINGS) -> Path | None:
+    """
+    Returns the file of a source of [`read_episodes`], or None for a data set of the Hub.
+
+    Raises: `FileNotFoundError` if there is neither, or if a folder has no file of the split.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = [path / f"{split}{ending}" for ending in endings]
+        if found := [file for file in files if file.is_file()]:
+            return found[0]
+        splits = sorted({file.name.split(".json")[0] for file in path.glob("*.json*")})
+        raise FileNotFoundError(f"{path} has no split {split!r}, only {splits}.")
+    if path.exists():
         return path
-    files = [path / f"{split}{ending}" for ending in ENDINGS]
-    if found := [file for file in files if file.is_file()]:
-        return found[0]
-    splits = sorted({file.name.split(".json")[0] for file in path.glob("*.json*")})
-    raise FileNotFoundError(f"{path} has no split {split!r}, only {splits}.")
+    if is_hub_name(source):
+        return None
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))
+
+
+def is_hub_name(source: str | os.PathLike) -> bool:
+    """Whether a source can only be a data set of the Hub: it is spelled like one, and no file or folder is there."""
+    is_spelled_so = isinstance(source, str) and HUB_NAME.fullmatch(source) and not source.endswith((*ENDINGS, ".txt"))
+    return bool(is_spelled_so) and not Path(source).exists()
+
+
+def _hub_rows(source: str, split: str | None) -> Iterator[tuple[str, Any]]:
+    if split is None:
+        raise ValueError(f"{source} is a data set of the Hub: name the split to read.")
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise ImportError(f"{source} is a data set of the Hub, which needs: pip install 'rxt-hf[train]'.") from error
+    name, _, subset = source.partition(":")
+    try:
+        rows = load_dataset(name, subset or None, split=split)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{source} is no file or folder, and cannot be read from the Hub: {reason}") from error
+    for number, row in enumerate(rows):
+        yield f"{source}, {split}, row {number}", row
 
 
 def cut_episode(episode: Mapping[str, Any], max_turns: int) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shlex
 import sys
 from collections import defaultdict
@@ -34,7 +33,7 @@ from ..layers_rxt import upcast
 from ..memory_rxt import RxTResidualGate, filled_slots
 from ..modeling_rxt import RxTForCausalLM
 from .report import page, tables
-from .rollout import GREEDY, answer, is_answered, play, texts
+from .rollout import GREEDY, answer, contains_words, is_answered, play, texts
 from .speed import count, environment, markdown_table
 from .text_scores import corpus_bleu, word_ids
 
@@ -238,7 +237,7 @@ def probe_scores(asked: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> 
     for probe, said in zip(asked, answers, strict=True):
         accepted, given = [text.lower() for text in probe["answers"]], said.strip().lower()
         exact.append(given in accepted)
-        contains.append(any(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", given) for text in accepted))
+        contains.append(any(contains_words(given, text) for text in accepted))
     distances = [probe["distance"] for probe in asked]
     return {
         "questions": len(asked),

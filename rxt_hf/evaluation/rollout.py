@@ -1,6 +1,7 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """Dialogues played by a model: it answers turn after turn, and its memory is written with what was said."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -62,6 +63,16 @@ def answer(
     lengths = [next((place for place, token in enumerate(row, 1) if token in ends), len(row)) for row in answers]
     answers = [row[:length] for row, length in zip(answers, lengths, strict=True)]
     return answers, None if memory is None else out.stm_cache
+
+
+def contains_words(text: str, words: str) -> bool:
+    """Whether the words stand in the text as whole words, in exactly this case."""
+    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
+
+
+def recalled_words(turn: Mapping[str, Any]) -> list[str]:
+    """Returns what an answer must recall: the words that `recall` marks, see `rxt_hf.data.readers`."""
+    return [turn["answer"][start:end] for start, end, _ in turn.get("recall") or []]
 
 
 def is_answered(turn: Mapping[str, Any]) -> bool:

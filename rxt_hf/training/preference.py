@@ -24,10 +24,9 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-from ..data.facts import score_answer
 from ..data.readers import encode_turns
 from ..data.rows import split_messages
-from ..evaluation.rollout import GREEDY, play, texts
+from ..evaluation.rollout import GREEDY, contains_words, play, recalled_words, texts
 from ..layers_rxt import upcast
 from ..losses_rxt import load_balancing_losses
 from .loop import CountingTrainer
@@ -124,6 +123,11 @@ def _messages(value: Any, name: str, role: str) -> list[Mapping[str, Any]]:
     return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
 
 
+def recalls_all(turn: Mapping[str, Any], answer: str) -> bool:
+    """Whether an answer contains all words that the turn marks as recalled."""
+    return all(contains_words(answer, words) for words in recalled_words(turn))
+
+
 @torch.no_grad()
 def add_own_mistakes(
     model: Any,
@@ -131,31 +135,28 @@ def add_own_mistakes(
     dialogues: Sequence[Mapping[str, Any]],
     *,
     max_new_tokens: int = 32,
-    is_right: Callable[[Any, str], bool] = lambda turn, answer: score_answer(turn, answer)["correct"],
+    is_asked: Callable[[Mapping[str, Any]], bool] = lambda turn: bool(turn.get("recall")),
+    is_right: Callable[[Mapping[str, Any], str], bool] = recalls_all,
 ) -> list[list[dict[str, Any]]]:
     """
-    Preferences that the model needs: answers every question of the dialogues (`kind` "ask" or "unknown"), greedily and
-    under the memory of the reference answers, and makes `rejected` what is not `is_right`. What comes after the last
-    mistake is cut off, and dialogues without one are left out.
+    Finds preferences that the model needs: it answers the turns that are `is_asked`, by default those that mark
+    recalled words, greedily and under the memory of the reference answers. `rejected` is what is not `is_right`. What
+    comes after the last mistake is cut off, and dialogues without one are left out.
     """
     model.eval()
-
-    def is_question(turn: Mapping[str, Any]) -> bool:
-        return turn["kind"] in ("ask", "unknown")
-
     played = play(
         model,
         tokenizer,
         dialogues,
         max_new_tokens=max_new_tokens,
-        is_asked=is_question,
+        is_asked=is_asked,
         write_reference=True,
         **GREEDY,
     )
     episodes = [[dict(turn) for turn in dialogue["interactions"]] for dialogue in dialogues]
     for turns, said in zip(episodes, played, strict=True):
         for turn, text in zip(turns, texts(tokenizer, said), strict=True):
-            if is_question(turn) and not is_right(turn, text):
+            if is_asked(turn) and not is_right(turn, text):
                 turn["rejected"] = text
     last = [max((place for place, turn in enumerate(turns) if "rejected" in turn), default=-1) for turns in episodes]
     return [turns[: end + 1] for turns, end in zip(episodes, last, strict=True) if end >= 0]

@@ -9,7 +9,7 @@ earlier turns wrote (over the model's `bptt_turns` turns).
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,9 +19,8 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
 from ..data.collator import RxTEpisodeCollator
-from ..data.facts import contains_value, score_answer
 from ..data.readers import encode_turns
-from ..evaluation.rollout import SAMPLED, play, texts
+from ..evaluation.rollout import SAMPLED, contains_words, play, recalled_words, texts
 from ..evaluation.text_scores import sentence_bleu
 from .preference import answer_log_probs, check_reference, reference_of
 
@@ -56,23 +55,14 @@ def sample_episodes(
 
 
 def recall_reward(turn: Mapping[str, Any], answer: str) -> float:
-    """
-    How much of what only the memory knows is in an answer. For dialogues about facts 1 if the value asked for is there
-    exactly and no older one, or if the model says that it was not told; with marked words (`recall`) their share; of
-    other questions (`kind` "ask") 1 for the reference answer itself. NaN for turns that ask for nothing.
-    """
-    if turn.get("recall"):
-        words = [turn["answer"][start:end] for start, end, *_ in turn["recall"]]
-        return sum(contains_value(answer, word) for word in words) / len(words)
-    if turn.get("kind") not in ("ask", "unknown"):
-        return math.nan
-    # only dialogues about facts know older values
-    return float(score_answer(cast(Any, turn), answer)["correct"] if "stale" in turn else answer == turn["answer"])
+    """Returns the share of a turn's recalled words that an answer contains; NaN for turns that mark none."""
+    found = [contains_words(answer, words) for words in recalled_words(turn)]
+    return sum(found) / len(found) if found else math.nan
 
 
 def saved_turn(place: int, turn: Mapping[str, Any]) -> int:
-    """Returns the turn in which the fact of an answer was stated, else the turn before, or -1 without either."""
-    return place - (turn.get("distance_stated") or 1)
+    """Returns the oldest turn that the recalled words of an answer come from, else the turn before, or -1 if none."""
+    return place - max((distance for _, _, distance in turn.get("recall") or []), default=1)
 
 
 def mean_embeddings(embeddings: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -172,7 +162,7 @@ class ReinforcementArguments(TrainingArguments):
         clip_range (`float`): see [`clipped_loss`].
         kl_coef (`float`): weight of the divergence from the reference; 0 needs none.
         discount (`float`), scale_by_std (`bool`): see [`group_advantages`].
-        recall_weight (`float`): of [`recall_reward`].
+        recall_weight (`float`): of the trainer's `reward`.
         bleu_weight (`float`): of BLEU of the answer's tokens against the reference answer.
         reference_similarity_weight (`float`): of the cosine of mean token embeddings, answer and reference answer.
         saved_similarity_weight (`float`): of the same, answer and the interaction in memory that it should draw on.
@@ -190,7 +180,7 @@ class ReinforcementArguments(TrainingArguments):
         default=True, metadata={"help": "Divide advantages by the standard deviation of their group."}
     )
     recall_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the reward for the exact value in the answer."}
+        default=1.0, metadata={"help": "Weight of the reward for recalled words in the answer."}
     )
     bleu_weight: float = field(default=0.2, metadata={"help": "Weight of BLEU against the reference answer."})
     reference_similarity_weight: float = field(
@@ -221,14 +211,23 @@ class ReinforcementTrainer(Trainer):
     `updates_per_sample`. Under FSDP and DeepSpeed-3, whose weights are in pieces, it does not sample.
 
     Args:
+        reward (`Callable`): of a turn and an answer, NaN where the turn asks for nothing; by default
+            [`recall_reward`].
         reference_model ([`RxTForCausalLM`], *optional*): is frozen; needed if `kl_coef` is not 0 and the model is no
             `PeftModel`, whose reference is itself with the adapter switched off.
     """
 
     args: ReinforcementArguments
 
-    def __init__(self, *args: Any, reference_model: Any = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        reward: Callable[[Mapping[str, Any], str], float] = recall_reward,
+        reference_model: Any = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **{"data_collator": as_dialogues} | kwargs)
+        self.reward = reward
         if self.processing_class is None:
             raise ValueError("processing_class is needed: the tokenizer that the dialogues are encoded with.")
         self.reference_model = None
@@ -311,7 +310,7 @@ class ReinforcementTrainer(Trainer):
         saved = torch.full(recall.shape, -1, device=device)
         for row, said in enumerate(answers):
             for place, (turn, answer) in enumerate(zip(episodes[row // group], said, strict=True)):
-                recall[row, place] = recall_reward(turn, answer)
+                recall[row, place] = self.reward(turn, answer)
                 saved[row, place] = saved_turn(place, turn)
         references = [encode_turns(cast(Any, self.processing_class), turns) for turns in episodes]
         features = [{"input_ids": [ids for ids, _ in each], "labels": [row for _, row in each]} for each in references]

@@ -16,17 +16,15 @@ and on several machines by the same line on each machine, here two with eight de
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint first-machine:29500 \
         -m rxt_hf.cli train memory_aware --config memory_aware.yaml
 
-Data are JSONL files, or folders with `train.jsonl` (and `test.jsonl` for `eval_data`), see `rxt_hf.data.readers`, or
-"facts" for generated dialogues. Pre-training also takes `.txt` files, whose documents blank lines separate, and rows
-with `text`. Preference data are dialogues with `rejected` beside answers, or rows with `chosen` and `rejected`; of
-"facts" they are what the model itself answers wrongly.
+Data are JSONL files, folders with `train.jsonl` (and `test.jsonl` for `eval_data`), or data sets of the Hub by name,
+see `rxt_hf.data.readers`. Pre-training also takes `.txt` files, whose documents blank lines separate, and rows with
+`text`. Preference data are dialogues with `rejected` beside answers, or rows with `chosen` and `rejected`.
 """
 
 import argparse
 import copy
 import dataclasses
 import difflib
-import errno
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,9 +51,8 @@ from ..configuration_rxt import RxTConfig
 from ..convert import adapter_config
 from ..data.batching import StepCollator, StepDataset, bucket_by_turns
 from ..data.collator import RxTEpisodeCollator, RxTPreTrainingCollator
-from ..data.facts import FIRST_TRAINING_SEED, generate_dialogue
 from ..data.files import read_object, read_text
-from ..data.readers import ENDINGS, Episodes, converted_rows, pack_texts, said, sampled
+from ..data.readers import ENDINGS, Episodes, converted_rows, find_file, is_hub_name, pack_texts, said, sampled
 from ..data.rows import checked_text, to_episode
 from ..hub import export, model_card
 from ..loading import load_whole, refuse_adapter
@@ -64,7 +61,6 @@ from ..presets import PRESETS
 from .preference import (
     PreferenceArguments,
     PreferenceTrainer,
-    add_own_mistakes,
     encode_preferences,
     preference_interactions,
 )
@@ -73,7 +69,7 @@ from .stages import STAGES, set_training_stage, unfreezing_optimizer
 
 logger = logging.get_logger(__name__)
 
-PREFERENCE, FACTS = "preference", "facts"
+PREFERENCE = "preference"
 STAGE_NAMES = (*STAGES, PREFERENCE)
 # what a run has said about itself, so that another stage does not go on from its checkpoints
 RUN_NAME = "run.json"
@@ -93,7 +89,8 @@ class RunArguments:
     """Arguments of a run, besides `TrainingArguments`."""
 
     data: list[str] = field(
-        default_factory=list, metadata={"help": "Training data: JSONL files, folders, or facts (generated dialogues)."}
+        default_factory=list,
+        metadata={"help": "Training data: JSONL files, folders, or data sets of the Hub (owner/name)."},
     )
     eval_data: list[str] = field(
         default_factory=list, metadata={"help": "Data of eval_loss at the end of the run, given like data."}
@@ -126,7 +123,7 @@ class RunArguments:
     )
     dialogues: int | None = field(
         default=None,
-        metadata={"help": "Dialogues sampled per source (default: all; 1,000 for generated facts)."},
+        metadata={"help": "Dialogues sampled per source (default: all)."},
     )
     eval_dialogues: int = field(default=100, metadata={"help": "Dialogues sampled per source of eval_data."})
     turns: int = field(default=8, metadata={"help": "Longest dialogue in turns; longer ones are cut."})
@@ -246,9 +243,9 @@ def check(stage: str, options: RunArguments, args: TrainingArguments) -> None:
     if stage not in STAGE_NAMES:
         raise ValueError(f"There is no training stage {stage!r}; the stages are {list(STAGE_NAMES)}.")
     if not options.data:
-        raise ValueError('data is missing: name files or folders, or "facts" for generated dialogues.')
+        raise ValueError("data is missing: name files, folders or data sets of the Hub.")
     for source, split in [(each, "train") for each in options.data] + [(each, "test") for each in options.eval_data]:
-        if source != FACTS and file_of(source, split).suffix == ".txt" and stage != "pretraining":
+        if _plain_text(source, split) and stage != "pretraining":
             raise ValueError(f"{source} is plain text: the stage {stage} needs dialogues.")
     if options.model is None:
         if options.preset not in PRESETS:
@@ -277,37 +274,19 @@ def check(stage: str, options: RunArguments, args: TrainingArguments) -> None:
         raise ValueError(f"{args.output_dir} holds a run of the stage {other}: name another output_dir for {stage}.")
 
 
-def file_of(source: str, split: str) -> Path:
-    """Returns the file of a source; raises `FileNotFoundError` if the file, or the split of a folder, is missing."""
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), source)
-    files = [path / f"{split}{ending}" for ending in (*ENDINGS, ".txt")] if path.is_dir() else [path]
-    if found := [file for file in files if file.is_file()]:
-        return found[0]
-    raise FileNotFoundError(f"{source} has no {', '.join(split + ending for ending in ENDINGS)} or {split}.txt.")
-
-
-def dialogues_of(source: str, split: str, options: RunArguments) -> list[dict[str, Any]]:
-    """Dialogues of a file, or generated ones; those for tests have values of the kinds that training sees."""
-    if source != FACTS:
-        path = str(file_of(source, split))
-        return sampled(path, split, options.number(split), skip_bad_rows=options.skip_bad_rows)
-    first = FIRST_TRAINING_SEED if split == "train" else 1_000
-    seeds = range(first, first + (options.number(split) or 1000))
-    return [dict(generate_dialogue(seed, num_turns=options.turns)) for seed in seeds]
+def _plain_text(source: str, split: str) -> Path | None:
+    """Returns the file of a source, if it is plain text."""
+    path = find_file(source, split, (*ENDINGS, ".txt"))
+    return path if path is not None and path.suffix == ".txt" else None
 
 
 def texts_of(source: str, split: str, options: RunArguments) -> Iterator[str]:
-    """Documents of a file; a dialogue is one, its texts in order."""
-    if source == FACTS:
-        yield from map(_as_text, dialogues_of(source, split, options))
-        return
-    path = file_of(source, split)
-    if path.suffix == ".txt":
+    """Documents of a source; a dialogue is one, its texts in order."""
+    if path := _plain_text(source, split):
         found = filter(None, map(str.strip, read_text(path).split("\n\n")))
     else:
-        found = (text for _, text in converted_rows(path, _row_text, skip_bad_rows=options.skip_bad_rows))
+        rows = converted_rows(source, _row_text, split, skip_bad_rows=options.skip_bad_rows)
+        found = (text for _, text in rows)
     yield from islice(found, options.number(split))
 
 
@@ -322,13 +301,9 @@ def _as_text(dialogue: Mapping[str, Any]) -> str:
     return "\n".join(text for turn in dialogue["interactions"] for text in said(turn))
 
 
-def preferences_of(source: str, split: str, options: RunArguments, model: Any, tokenizer: Any) -> list[list[dict]]:
-    """Dialogues with `rejected`, cut after the last of them."""
-    if source == FACTS:
-        dialogues = dialogues_of(source, split, options)
-        batches = (dialogues[start : start + 64] for start in range(0, len(dialogues), 64))
-        return [turns for batch in batches for turns in add_own_mistakes(model, tokenizer, batch)]
-    rows = converted_rows(file_of(source, split), _preferences, skip_bad_rows=options.skip_bad_rows)
+def preferences_of(source: str, split: str, options: RunArguments) -> list[list[dict]]:
+    """Dialogues with `rejected`."""
+    rows = converted_rows(source, _preferences, split, skip_bad_rows=options.skip_bad_rows)
     found = (turns for _, turns in islice(rows, options.number(split)))
     return [turns[: options.turns] for turns in found if any(turn.get("rejected") for turn in turns[: options.turns])]
 
@@ -347,23 +322,21 @@ def features_of(
     options: RunArguments,
     config: RxTConfig,
     tokenizer: Any,
-    model: Any = None,
 ) -> list[dict[str, Any]]:
-    """
-    Returns the features of the stage's collator; raises `ValueError` if the stage can learn nothing from them. The
-    model is needed for generated preferences alone, which are what it answers wrongly.
-    """
+    """Returns the features of the stage's collator; raises `ValueError` if the stage can learn nothing from them."""
     needs = "no answer within the limits of turns and tokens"
     tokens = options.tokens or min(config.max_position_embeddings, tokenizer.model_max_length)
     if stage == "pretraining":
         texts = chain.from_iterable(texts_of(source, split, options) for source in sources)
         found, needs = list(pack_texts(tokenizer, texts, tokens)), "no text"
     elif stage == PREFERENCE:
-        pairs = (preferences_of(source, split, options, model, tokenizer) for source in sources)
+        pairs = (preferences_of(source, split, options) for source in sources)
         found = [encode_preferences(tokenizer, turns, config.vocab_size) for turns in chain.from_iterable(pairs)]
-        needs = "no rejected answer" if sources != [FACTS] else "nothing that the model answers wrongly"
+        needs = "no rejected answer"
     else:
-        dialogues = chain.from_iterable(dialogues_of(source, split, options) for source in sources)
+        dialogues = chain.from_iterable(
+            sampled(source, split, options.number(split), skip_bad_rows=options.skip_bad_rows) for source in sources
+        )
         limits: dict[str, int] = {"max_tokens": tokens, "vocab_size": config.vocab_size}
         episodes = Episodes(tokenizer, dialogues, max_turns=options.turns, **limits)
         found: list[dict[str, Any]] = [episodes[index] for index in range(len(episodes))]
@@ -545,16 +518,12 @@ def train(stage: str, options: RunArguments, args: TrainingArguments) -> Path:
     start = options.model or checkpoint
     tokenizer = load_tokenizer(options, start)
     config = config_of(options, start, tokenizer)
-    model: Any = None
-    # elsewhere what is wrong with the data is said before the weights are read
-    if stage == PREFERENCE and FACTS in options.data + options.eval_data:
-        model = load_model(stage, options, start, config).to(args.device)
+    # what is wrong with the data is said before the weights are read
     data = [
-        features_of(stage, sources, split, options, config, tokenizer, model) if sources else None
+        features_of(stage, sources, split, options, config, tokenizer) if sources else None
         for sources, split in ((options.data, "train"), (options.eval_data, "test"))
     ]
-    if model is None:
-        model = load_model(stage, options, start, config).to(args.device)
+    model = load_model(stage, options, start, config).to(args.device)
     trainer = build_trainer(stage, options, args, model, tokenizer, data)
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
@@ -582,9 +551,11 @@ def train(stage: str, options: RunArguments, args: TrainingArguments) -> Path:
 
 def card_facts(stage: str, options: RunArguments, trainer: Trainer, measured: Mapping[str, float]) -> dict[str, Any]:
     """Returns arguments of `rxt_hf.hub.model_card`: origin of the model, data, length of the training and losses."""
-    names = [source if source == FACTS else Path(source).name for source in options.data]
+    names, tests = (
+        [source.partition(":")[0] if is_hub_name(source) else Path(source).name for source in sources]
+        for sources in (options.data, options.eval_data)
+    )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    tests = [source if source == FACTS else Path(source).name for source in options.eval_data]
     found = [("train", "training loss, as last logged", names, losses[-1:])]
     found += [("test", "evaluation loss", tests, [measured[name] for name in ("eval_loss",) if name in measured])]
     results = [

@@ -1,6 +1,11 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
+import math
+
 import pytest
-from demo.curriculum import FactCurriculum, long_range_dialogue
+from demo.curriculum import FactCurriculum, fact_reward, long_range_dialogue
+
+from rxt_hf.data.facts import UNKNOWN_ANSWER
+from rxt_hf.training.reinforcement import saved_turn
 
 
 def test_long_range_dialogues_ask_at_last_for_what_was_told_at_first():
@@ -27,3 +32,22 @@ def test_curriculum_goes_from_short_to_long_and_is_a_function_of_the_index():
     is_long_range = [[turn["kind"] for turn in item["interactions"][-3:]] == ["ask"] * 3 for item in items]
     assert sum(is_long_range[78:]) > sum(is_long_range[:36]) + 5
     assert len({item["seed"] for item in items}) == 120 and min(item["seed"] for item in items) >= 300_000_000
+
+
+def test_reward_wants_the_exact_value_and_nothing_of_turns_that_ask_for_nothing():
+    ask = {"kind": "ask", "value": "Rex", "stale": ["Fido"], "answer": "Your dog is called Rex."}
+    assert fact_reward(ask, "It is Rex.") == 1.0
+    assert fact_reward(ask, "It is Rexy.") == fact_reward(ask, "Rex, not Fido.") == fact_reward(ask, "") == 0.0
+    unknown = ask | {"kind": "unknown", "value": None, "stale": []}
+    assert (fact_reward(unknown, UNKNOWN_ANSWER), fact_reward(unknown, "It is Rex.")) == (1.0, 0.0)
+    assert all(math.isnan(fact_reward(ask | {"kind": kind}, "Rex")) for kind in ("state", "overwrite", "chat"))
+
+
+def test_answers_draw_on_the_turn_that_stated_their_fact():
+    asked = 0
+    for turns in (FactCurriculum(4, 5)[index]["interactions"] for index in range(20)):
+        for place, turn in enumerate(turns):
+            stated = turn["distance_stated"]
+            assert saved_turn(place, turn) == place - (1 if stated is None else stated)
+            asked += stated is not None and stated > 1
+    assert asked > 5

@@ -2,9 +2,12 @@
 import gzip
 import json
 
+import pytest
+from demo import write
 from demo.write import fact_dialogues, main
 
 from rxt_hf import DEMO, read_episodes
+from rxt_hf.training.run import RunArguments, preferences_of
 
 
 def test_the_test_set_of_the_demo_is_what_its_command_writes(tmp_path):
@@ -44,3 +47,17 @@ def test_probes_ask_for_the_last_value_of_every_fact():
         changed += len(told - values)
     # what was asked for and then changed is no longer right
     assert 0 < changed < 30
+
+
+def test_wrong_answers_of_a_model_are_preferences_to_train_on(tmp_path, monkeypatch):
+    """The demo is right about most; what it says to a third of the questions is taken for wrong."""
+    monkeypatch.setattr(write, "score_answer", lambda turn, answer: {"correct": len(turn["query"]) % 3 > 0})
+    path = tmp_path / "preference.jsonl"
+    main(["--dialogues", "70", "--turns", "4", "--output", str(path), "--wrong-answers-of", str(DEMO)])
+    episodes = preferences_of(str(path), "train", RunArguments())
+    assert len(episodes) > 10
+    for turns in episodes:
+        assert turns[-1]["rejected"] and all(turn.keys() <= {"query", "answer", "rejected"} for turn in turns)
+    monkeypatch.setattr(write, "score_answer", lambda turn, answer: {"correct": True})
+    with pytest.raises(SystemExit, match="answers every question right: use more --dialogues"):
+        main(["--dialogues", "2", "--output", str(path), "--wrong-answers-of", str(DEMO)])

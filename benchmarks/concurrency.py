@@ -24,7 +24,6 @@ from rxt_hf.evaluation.speed import (
     Turns,
     build_models,
     cache_bytes,
-    count,
     environment,
     interleaved,
     markdown_table,
@@ -129,6 +128,16 @@ def markdown(report: dict) -> str:
         title = f"tokens per second, {mode.replace('_', ' ')}; conversations"
         blocks.append(markdown_table([title, *by_number], *rows))
     return "\n\n".join(blocks)
+
+
+def count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+count.__name__ = "whole number"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -28,11 +28,11 @@ from typing import Any, Literal, get_args
 
 import psutil
 import torch
+from concurrency import count
 
 from rxt_hf.evaluation.speed import (
     SIZES,
     build_models,
-    count,
     count_flops,
     environment,
     interleaved,

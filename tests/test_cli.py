@@ -16,10 +16,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from transformers.utils import logging
 
 import rxt_hf
-from rxt_hf import RxTConfig, RxTForCausalLM, STMCache
+from rxt_hf import RxTConfig, RxTForCausalLM, STMCache, cli
 from rxt_hf.chat_template import train_tokenizer
-from rxt_hf.cli import COMMANDS, VERBS, main
+from rxt_hf.cli import VERBS, main
 from rxt_hf.session import RxTSession
+from rxt_hf.terminal_chat import COMMANDS
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 GOLDEN = Path(os.environ.get("RXT_GOLDEN") or Path(__file__).parents[2] / "shared" / "golden")
@@ -294,7 +295,7 @@ def test_ctrl_c_at_the_prompt_leaves_politely(rxt, folder, monkeypatch):
         yield "hello"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rxt_hf.cli._typed_lines", interrupted)
+    monkeypatch.setattr("rxt_hf.terminal_chat.typed_lines", interrupted)
     code, out, err = rxt("chat", folder)
     assert (code, err) == (0, "")
     assert "you> hello" in out
@@ -359,7 +360,7 @@ def test_broken_model_folder_costs_one_sentence(rxt, folder, tmp_path, fault, me
 
 
 MISTAKES = {
-    "no verb": ([], "verb"),
+    "no verb": ([], "Missing command"),
     "unknown verb": (["dance"], "dance"),
     "unknown option": (["chat", "--loud"], "--loud"),
     "no query": (["generate", "MODEL"], "--query"),
@@ -376,12 +377,12 @@ MISTAKES = {
     "temperature": (["chat", "MODEL", "--temperature", "-1"], "-1 is not between 0 and inf"),
     "not a number": (["chat", "MODEL", "--temperature", "nan"], "nan is not between"),
     "top-p": (["chat", "MODEL", "--top-p", "2"], "2 is not between 0 and 1"),
-    "tokens": (["chat", "MODEL", "--max-new-tokens", "0"], "0 is not a number of tokens"),
-    "words": (["chat", "MODEL", "--max-new-tokens", "few"], "invalid whole number value: 'few'"),
+    "tokens": (["chat", "MODEL", "--max-new-tokens", "0"], "0 is not a whole number of at least 1"),
+    "words": (["chat", "MODEL", "--max-new-tokens", "few"], "few is not a whole number"),
     "device": (["chat", "MODEL", "--device", "abacus"], "^rxt chat: There is no device 'abacus' here"),
     "dtype": (["chat", "MODEL", "--dtype", "int8"], "int8"),
     "bench size": (["bench", "--size", "1t"], "1t"),
-    "bench turns": (["bench", "--turns", "0"], "0 is not at least 1"),
+    "bench turns": (["bench", "--turns", "0"], "0 is not a whole number of at least 1"),
     "bench device": (["bench", "--device", "abacus"], "abacus"),
     "bench output": (["bench", "--output", "no/f"], "No such file or directory: no/f"),
     "export of nothing": (["export", "no/such/folder", "new"], "There is no model folder"),
@@ -396,7 +397,7 @@ MISTAKES = {
     "convert over others": (["convert", "MODEL", "mine"], "mine holds other files"),
     "convert an RxT": (["convert", "MODEL", "new"], "Cannot convert .* 'rxt' is not covered"),
     "convert nothing": (["convert", "EMPTY", "new"], "Cannot convert 'empty': .*holds neither model.safetensors"),
-    "layers": (["convert", "MODEL", "new", "--memory-layers", "0;2"], "invalid list of layers.*: '0;2'"),
+    "layers": (["convert", "MODEL", "new", "--memory-layers", "0;2"], "0;2 is not a list of layers"),
     "nowhere to save": (["generate", "MODEL", "--query", "hi", "--save-memory", "no/f"], "There is no folder .*/no$"),
     "a folder to save": (["generate", "MODEL", "--query", "hi", "--save-memory", "mine"], "is a folder.* mine$"),
     "a device that is not there": (["chat", "MODEL", "--device", "xpu:7"], "There is no device 'xpu:7' here"),
@@ -442,6 +443,23 @@ def test_help_names_every_verb_and_exits_with_0(rxt):
     assert all(verb in out for verb in VERBS)
     for verb in VERBS:
         assert rxt(verb, "--help")[0] == 0
+
+
+def test_help_of_train_shows_our_options_before_those_of_trainer(rxt):
+    out = rxt("train", "finetuning", "--help")[1]
+    ours, theirs, preference = (out.index(name) for name in ("--max_batch_tokens", "--warmup_steps", "--loss_type"))
+    assert ours < theirs < preference
+    assert out.count("--learning_rate ") == 1
+
+
+def test_progress_is_shown_on_a_terminal_alone(capsys, monkeypatch):
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal, raising=False)
+        with cli._progress("Loading"):
+            print("answer")
+        captured = capsys.readouterr()
+        assert captured.out == "answer\n"
+        assert ("Loading" in captured.err) == is_terminal
 
 
 def test_env_names_versions_device_and_attention(rxt):
@@ -543,7 +561,7 @@ def test_bench_writes_its_report_and_prints_its_tables(rxt, tmp_path):
     assert out.startswith("| time to first token, ms; turn | 1 |")
     found = json.loads(report.read_text())
     assert found["turns"]["rxt"]["1"]["state_bytes"] == 2 * 40 * 128 * 4
-    assert "verb" not in found["options"]
+    assert found["options"]["arms"] == ["rxt", "current_turn"] and found["options"]["decode_batch_sizes"] == []
 
 
 def test_conversation_script_runs_and_asks_last_for_a_name_outside_the_training_data(rxt, folder):

@@ -22,7 +22,7 @@ HUB_LINE = {
     "modeling_rxt",
 }
 HUB_DEPENDENCIES = {"torch", "transformers", "safetensors", "huggingface_hub"}
-DEPENDENCIES = HUB_DEPENDENCIES | {"tokenizers", "jinja2"}
+DEPENDENCIES = HUB_DEPENDENCIES | {"tokenizers", "jinja2", "typer", "rich"}
 
 # Room -> the rooms right below it; what these may import, it may import too.
 BELOW: dict[str, set[str]] = {
@@ -49,7 +49,8 @@ BELOW: dict[str, set[str]] = {
     "serving": {"data", "session"},
 }
 BELOW["__init__"] = set(BELOW)
-BELOW["cli"] = {"__init__"}
+BELOW["terminal_chat"] = {"data"}
+BELOW["cli"] = {"__init__", "terminal_chat"}
 
 
 class Import(NamedTuple):

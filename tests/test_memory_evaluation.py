@@ -1,7 +1,6 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """The figures of `rxt eval` against plain loops, its controls, what it sees inside, and its page."""
 
-import argparse
 import json
 import math
 import re
@@ -304,11 +303,10 @@ def test_collapsed_unwritten_and_broken_memories_raise_an_alarm(tokenizer, dialo
     assert "not finite" in found["alarms"][-1] and "bleu" not in found
 
 
-def options(tmp_path, *arguments):
-    parser = argparse.ArgumentParser()
-    evaluation.add_arguments(parser)
-    output = ["--output", str(tmp_path / "eval.json"), "--report", str(tmp_path / "eval.html")]
-    return parser.parse_args([*arguments, *output])
+def options(tmp_path, **given):
+    settings = {"data": [str(DEMO)], "dialogues": 50, "skip_bad_rows": False, "tokens": 64, "inside": 4}
+    files = {"output": str(tmp_path / "eval.json"), "report": str(tmp_path / "eval.html")}
+    return SimpleNamespace(**(settings | files | given))
 
 
 class Texts(HTMLParser):
@@ -327,18 +325,17 @@ class Texts(HTMLParser):
         self.text += data
 
 
-def test_the_command_writes_figures_and_a_page_that_loads_nothing_and_escapes_all_text(tokenizer, tmp_path, capsys):
+def test_the_command_writes_figures_and_a_page_that_loads_nothing_and_escapes_all_text(tokenizer, tmp_path):
     folder = tmp_path / "a<b>&c"
     folder.mkdir()
     (folder / "test.jsonl").write_text("\n".join(map(json.dumps, DIALOGUES)))
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=96)
-    assert evaluation.run(options(tmp_path, "--data", str(folder), "--tokens", "60"), model, tokenizer) == 0
+    printed = evaluation.run(options(tmp_path, data=[str(folder)], tokens=60), model, tokenizer)
     report = json.loads((tmp_path / "eval.json").read_text())
     assert set(report["sources"]) == {"a<b>&c"}
     found = report["sources"]["a<b>&c"]
     assert (found["dialogues"], found["turns"], len(found["inside"])) == (3, 9, 3)
     assert found["bleu"]["answers"] == 9 and found["probes"]["shuffled"]["questions"] == 3
-    printed = capsys.readouterr().out
     perplexity = reporting.shown(found["answer_perplexity"]["own"]["all"][0])
     assert f"| own | {perplexity} |" in printed and "probes, exact answers" in printed
 
@@ -352,13 +349,13 @@ def test_the_command_writes_figures_and_a_page_that_loads_nothing_and_escapes_al
     assert HOSTILE in page.text and "a<b>&c" in page.text and "It is {0} 7." in page.text and perplexity in page.text
 
 
-def test_without_data_the_demo_is_measured_on_its_test_set(tmp_path, capsys):
+def test_without_data_the_demo_is_measured_on_its_test_set(tmp_path):
     model, tokenizer = (auto.from_pretrained(DEMO) for auto in (AutoModelForCausalLM, AutoTokenizer))
-    evaluation.run(options(tmp_path, "--dialogues", "4", "--inside", "1"), model, tokenizer)
+    printed = evaluation.run(options(tmp_path, dialogues=4, inside=1), model, tokenizer)
     found = json.loads((tmp_path / "eval.json").read_text())["sources"]["demo"]
     assert found["probes"]["own"]["contains"] > 0.9 and found["probes"]["cleared"]["contains"] < 0.1
     assert found["recall_loss"]["own"]["all"][0] < 0.5 < 3 < found["recall_loss"]["cleared"]["all"][0]
-    assert "demo: probes, exact answers" in capsys.readouterr().out
+    assert "demo: probes, exact answers" in printed
 
 
 def test_a_missing_folder_is_refused_before_anything_is_measured(tmp_path):

@@ -1,7 +1,6 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """`rxt train STAGE --config FILE`: the curriculum from files, and what a wrong file costs."""
 
-import argparse
 import json
 import logging
 import sys
@@ -22,7 +21,6 @@ from rxt_hf.training.run import (
     RUN_NAME,
     STAGE_NAMES,
     RunArguments,
-    add_arguments,
     check,
     in_batches,
     load_model,
@@ -52,17 +50,11 @@ PAIRS = [
 ]
 
 
-def arguments_of(*words):
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return parser.parse_args([str(word) for word in words])
-
-
 def train(stage, folder, *words, **fields):
     """Runs a stage as the command line does, and returns the folder of the result."""
     config = folder / f"{stage}.yaml"
     config.write_text(yaml.safe_dump(FIELDS | {"output_dir": str(folder / stage)} | fields))
-    assert run(arguments_of(stage, "--config", config, *words)) == 0
+    run(stage, list(map(str, words)), config)
     return folder / stage
 
 
@@ -268,7 +260,7 @@ def test_a_wrong_file_costs_one_sentence_before_anything_is_loaded(text, tmp_pat
     config = tmp_path / "run.yaml"
     config.write_text(text if text.startswith(("data", "[")) else f"data: {DEMO}/test.jsonl.gz\n{text}")
     with pytest.raises((ValueError, OSError), match=BAD_FILES[text]) as caught:
-        run(arguments_of("memory_aware", "--config", config, "--output_dir", tmp_path / "out"))
+        run("memory_aware", ["--output_dir", str(tmp_path / "out")], config)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -286,7 +278,7 @@ def test_labels_of_a_stage_with_losses_of_its_own_are_not_smoothed(stage, tmp_pa
         "0.1",
     ]
     with pytest.raises(ValueError, match="is for memory_aware without torch_compile"):
-        run(arguments_of(stage, *words))
+        run(stage, list(map(str, words)))
 
 
 def test_data_that_do_not_fit_the_stage_are_refused(chain, tmp_path):

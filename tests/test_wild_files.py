@@ -180,7 +180,7 @@ def demo():
 @pytest.fixture
 def refusals(demo, monkeypatch, capsys, tmp_path):
     """What the reader and two verbs say of a file; the model is loaded once for all of them."""
-    monkeypatch.setattr("rxt_hf.cli._load_model", lambda args: demo)
+    monkeypatch.setattr("rxt_hf.cli._load_model", lambda *args: demo)
     monkeypatch.setattr(training, "load_model", lambda *args: demo[0])
     monkeypatch.setattr(training, "load_tokenizer", lambda *args: demo[1])
 
@@ -406,7 +406,7 @@ def test_bad_rows_are_left_out_if_asked_and_counted(tmp_path, caplog):
 def test_every_verb_that_reads_data_leaves_bad_rows_out_if_asked(demo, monkeypatch, capsys, tmp_path):
     seen, path = [], tmp_path / "d.jsonl"
     path.write_bytes(GOOD_LINE + b"{\n" + GOOD_LINE)
-    monkeypatch.setattr("rxt_hf.cli._load_model", lambda args: demo)
+    monkeypatch.setattr("rxt_hf.cli._load_model", lambda *args: demo)
     monkeypatch.setattr(training, "load_model", lambda *args: demo[0])
     monkeypatch.setattr(training, "load_tokenizer", lambda *args: demo[1])
 

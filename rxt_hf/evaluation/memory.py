@@ -9,7 +9,6 @@ and a `shuffled` one (that of another dialogue). What only `own` does well comes
 dialogues are the test set of the demo, which training never sees.
 """
 
-import argparse
 import contextlib
 import errno
 import itertools
@@ -21,6 +20,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import torch
@@ -34,7 +34,7 @@ from ..memory_rxt import RxTResidualGate, filled_slots
 from ..modeling_rxt import RxTForCausalLM
 from .report import page, tables
 from .rollout import GREEDY, answer, contains_words, is_answered, play, texts
-from .speed import count, environment, markdown_table
+from .speed import environment, markdown_table
 from .text_scores import corpus_bleu, word_ids
 
 Memory = Literal["own", "cleared", "shuffled"]
@@ -418,7 +418,7 @@ def evaluate_dialogues(
     return found
 
 
-def evaluate(model: RxTForCausalLM, tokenizer: Any, options: argparse.Namespace) -> dict[str, Any]:
+def evaluate(model: RxTForCausalLM, tokenizer: Any, options: SimpleNamespace) -> dict[str, Any]:
     """The report that `rxt eval` writes, for options of its command line."""
     limits = {"max_tokens": options.tokens, "inside": options.inside}
     # what is not there should be found out before hours of measuring
@@ -455,38 +455,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data",
-        nargs="+",
-        default=[str(DEMO)],
-        metavar="FOLDER",
-        help="folders with the split test, or files (default: the test set of the demo)",
-    )
-    parser.add_argument(
-        "--dialogues", type=count, default=50, metavar="N", help="dialogues sampled per folder (default: 50)"
-    )
-    parser.add_argument(
-        "--skip-bad-rows", action="store_true", help="leave out rows that cannot be read, and report how many and why"
-    )
-    parser.add_argument(
-        "--tokens",
-        type=count,
-        default=64,
-        metavar="N",
-        help="longest interaction in tokens; a dialogue is cut before a longer one (default: 64)",
-    )
-    parser.add_argument(
-        "--inside", type=int, default=4, metavar="N", help="dialogues whose memory is shown turn by turn (default: 4)"
-    )
-    parser.add_argument(
-        "--output", default="eval.json", metavar="FILE", help="JSON file of all figures (default: eval.json)"
-    )
-    parser.add_argument("--report", metavar="FILE", help="HTML page of all figures, with charts")
-
-
-def run(options: argparse.Namespace, model: RxTForCausalLM, tokenizer: Any) -> int:
-    """Measures, writes the report and prints its tables; returns the exit code."""
+def run(options: SimpleNamespace, model: RxTForCausalLM, tokenizer: Any) -> str:
+    """Measures what `rxt eval` does, writes its files and returns its tables."""
     # a missing folder should not cost the wait for the report
     for path in filter(None, (options.output, options.report)):
         if not Path(path).absolute().parent.is_dir():
@@ -495,5 +465,4 @@ def run(options: argparse.Namespace, model: RxTForCausalLM, tokenizer: Any) -> i
     Path(options.output).write_text(json.dumps(report) + "\n", encoding="utf-8")
     if options.report is not None:
         Path(options.report).write_text(page(report), encoding="utf-8")
-    print(markdown(report))
-    return 0
+    return markdown(report)

@@ -17,7 +17,6 @@ call to each token that it hands to a streamer. The arms:
 State is what must be kept until the next turn: the memory, keys and values, or the int64 ids that are read again.
 """
 
-import argparse
 import contextlib
 import errno
 import gc
@@ -33,6 +32,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -395,7 +395,7 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
-def bench(options: argparse.Namespace) -> dict[str, Any]:
+def bench(options: SimpleNamespace) -> dict[str, Any]:
     """The report that `rxt bench` writes, for options of its command line."""
     tokens = {"query_tokens": options.query_tokens, "answer_tokens": options.answer_tokens}
     size = dict(SIZES[options.size])
@@ -511,73 +511,8 @@ def plot(report: dict[str, Any], path: str | os.PathLike) -> None:
     figure.savefig(path, dpi=120)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument(
-        "--size",
-        choices=SIZES,
-        default="tiny",
-        help="model size; 100m has a decoder of 110 million parameters, sqa fewer heads on the memory (default: tiny)",
-    )
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="models to time (default: all)")
-    parser.add_argument(
-        "--turns",
-        nargs="*",
-        type=count,
-        default=[1, 2, 4, 8, 16, 32, 64],
-        help="numbers of the turns to time; none times decoding only (default: 1 to 64 in powers of two)",
-    )
-    parser.add_argument("--query-tokens", type=count, default=192)
-    parser.add_argument("--answer-tokens", type=count, default=64)
-    parser.add_argument(
-        "--window-turns", type=count, default=4, help="turns that sliding_window reads, this one included (default: 4)"
-    )
-    parser.add_argument(
-        "--longest-full-history",
-        type=count,
-        default=64,
-        metavar="TURN",
-        help="last turn that full_history plays (default: 64)",
-    )
-    parser.add_argument("--batch-size", type=count, default=1)
-    parser.add_argument(
-        "--decode-batch-sizes",
-        nargs="*",
-        type=count,
-        default=[1, 8],
-        help="batch sizes of the decoding test; none times turns only (default: 1 8)",
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="time decoding with a static cache and torch.compile as well"
-    )
-    parser.add_argument("--repeats", type=count, default=7, help="rounds; each plays every model once (default: 7)")
-    parser.add_argument(
-        "--limit-s",
-        type=float,
-        default=120.0,
-        help="seconds after which no fourth or later round begins (default: 120)",
-    )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--attn-implementation", default="sdpa")
-    parser.add_argument("--device", default=device)
-    parser.add_argument(
-        "--output", default="turn_cost.json", metavar="FILE", help="JSON file of the report (default: turn_cost.json)"
-    )
-    parser.add_argument("--plot", metavar="FILE", help="picture of the curves; needs matplotlib")
-
-
-def count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
-
-
-count.__name__ = "whole number"
-
-
-def run(options: argparse.Namespace) -> int:
-    """Measures, writes the report and prints its tables; returns the exit code."""
+def run(options: SimpleNamespace) -> str:
+    """Measures what `rxt bench` does, writes its files and returns its tables."""
     # a missing package or folder should not cost the wait for the report
     if options.plot is not None:
         pyplot()
@@ -588,5 +523,4 @@ def run(options: argparse.Namespace) -> int:
     Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
     if options.plot is not None:
         plot(report, options.plot)
-    print(markdown(report))
-    return 0
+    return markdown(report)

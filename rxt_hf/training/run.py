@@ -21,7 +21,6 @@ see `rxt_hf.data.readers`. Pre-training also takes `.txt` files, whose documents
 `text`. Preference data are dialogues with `rejected` beside answers, or rows with `chosen` and `rejected`.
 """
 
-import argparse
 import copy
 import dataclasses
 import difflib
@@ -581,28 +580,14 @@ def card_facts(stage: str, options: RunArguments, trainer: Trainer, measured: Ma
     return {"base_model": base, "datasets": names, "data": sentence, "results": results}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="YAML file of arguments.")
-    parser.add_argument("stage", choices=STAGE_NAMES, metavar="STAGE", help=", ".join(STAGE_NAMES))
-    parser.add_argument(
-        "arguments",
-        nargs=argparse.REMAINDER,
-        help="--config FILE and any argument; `rxt train STAGE --help` lists them",
-    )
-
-
-def run(options: argparse.Namespace) -> int:
-    """Trains a stage and prints the folder of the result; returns the exit code."""
+def run(stage: str, words: Sequence[str] = (), config: str | os.PathLike | None = None) -> None:
+    """Trains a stage by the words of a command line and prints the folder of the result."""
     # here, so that a command line can be read without accelerate
     from accelerate import PartialState
 
-    config = argparse.ArgumentParser(prog="rxt train", add_help=False, allow_abbrev=False)
-    config.add_argument("--config", default=options.config)
-    found, words = config.parse_known_args(options.arguments)
-    settings, args = parse(options.stage, words, found.config)
-    folder = train(options.stage, settings, args)
+    options, args = parse(stage, words, config)
+    folder = train(stage, options, args)
     if args.process_index == 0:
         print(folder)
     # gloo's threads, if they still run when the interpreter ends, abort a process that has done all its work
     PartialState().destroy_process_group()
-    return 0

@@ -16,7 +16,6 @@ Each arm is measured on the same tokens, and added to the JSON file beside those
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 import time
@@ -28,25 +27,13 @@ import torch
 import torch.nn.functional as F
 
 from rxt_hf import Episodes
-from rxt_hf.convert import convert_tokenizer, fit_salience, from_llm
+from rxt_hf.convert import convert_tokenizer, fit_salience, from_llm, load_adapted
 from rxt_hf.convert.smollm2 import load_smollm2
 from rxt_hf.data.readers import sampled
 from rxt_hf.evaluation.memory import Dialogues, figures_of, teacher_forced
 from rxt_hf.evaluation.speed import environment
 
 RESULTS = Path(__file__).parent / "results" / "upcycling.json"
-
-
-def recipe() -> Any:
-    """The module of the recipe, which is found by its path: this file has the name of its package."""
-    spec = importlib.util.spec_from_file_location(
-        "recipe", Path(__file__).parent.parent / "examples/upcycling/train.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["recipe"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def history_losses(model: Any, between: list[int], *, history: bool) -> Callable[[Mapping[str, torch.Tensor]], Any]:
@@ -129,7 +116,7 @@ def arms(options: argparse.Namespace, dialogues: Dialogues, tokenizer: Any, sour
             yield f"salience, {options.slots} slots", measured(model, dialogues)
     for given in options.upcycled:
         name, _, folder = given.partition("=")
-        model, _ = recipe().load_upcycled((source, source_tokenizer), folder, in_passing=options.in_passing)
+        model, _ = load_adapted(source, source_tokenizer, folder)
         yield name, measured(model, dialogues)
 
 
@@ -145,7 +132,6 @@ def main() -> None:
     parser.add_argument("--arms", nargs="*", default=["query_only", "full_history", "day_one"], help="untrained arms")
     parser.add_argument("--fit-salience", action="store_true", help="measure with a fitted salience, too")
     parser.add_argument("--upcycled", nargs="*", default=[], help="NAME=FOLDER of trained models")
-    parser.add_argument("--in-passing", action="store_true", help="measure --upcycled as models that write in passing")
     parser.add_argument("--history-adapter", help="folder of a LoRA adapter of the model that re-reads its history")
     parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file that the arms are added to")
     options = parser.parse_args()

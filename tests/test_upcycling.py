@@ -5,7 +5,6 @@ import importlib.util
 import json
 import re
 import runpy
-import shutil
 import sys
 from pathlib import Path
 
@@ -13,16 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import TrainingArguments as Arguments
 
-from rxt_hf import RxTForCausalLM
+from rxt_hf import RxTForCausalLM, STMCache
 from rxt_hf.chat_template import CONTROL_TOKENS, train_tokenizer
 from rxt_hf.cli import main as rxt
-from rxt_hf.convert import adapter_config, convert_tokenizer, fit_salience, from_llm
+from rxt_hf.convert import adapter_config, convert_tokenizer, fit_salience, from_llm, load_adapted, save_adapted
 from rxt_hf.convert.smollm2 import load_smollm2
-from rxt_hf.data.collator import RxTEpisodeCollator
 from rxt_hf.data.readers import Episodes, recall_masks
 
 from .models import close
@@ -142,11 +139,10 @@ def test_lora_is_on_what_reads_and_its_fields_can_be_chosen(control_tokenizer):
         model = peft.get_peft_model(model, config)
         return config, {name.split(".", 4)[-1] for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
-    config, found = adapted_modules(converted())
+    config, joint = adapted_modules(converted())
     assert (config.r, config.lora_alpha, config.modules_to_save) == (8, 16, None)
-    assert found == {f"{layer}.self_attn.{kind}_proj" for layer in range(3) for kind in "qkvo"}
     _, found = adapted_modules(converted(**PAPER))
-    assert len(found) == 3 * 7 and not any("memory" in name for name in found)
+    assert len(found) == 3 * 7 and not any("memory" in name for name in found) and joint == found
     config = adapter_config(converted(), r=3, target_modules=["q_proj"], exclude_modules=".*memory_.*")
     assert (config.r, config.target_modules, config.trainable_token_indices) == (3, {"q_proj"}, None)
 
@@ -281,164 +277,123 @@ def model_and_tokenizer(source_tokenizer):
     return from_llm(make_source(), num_memory_slots=7, tokenizer=tokenizer).eval(), tokenizer
 
 
-def test_what_stands_between_turns_is_the_sources_chat(recipe, source_tokenizer, control_tokenizer):
-    tokenizer = convert_tokenizer(source_tokenizer)
-    between = recipe.tokens_between(source_tokenizer, tokenizer)
-    chat = [{"role": role, "content": text} for text in "ab" for role in ("user", "assistant")]
-    turns = Episodes(tokenizer, [{"interactions": [{"query": text, "answer": text} for text in "ab"]}])[0]["input_ids"]
-    whole = source_tokenizer.apply_chat_template(chat, return_dict=True)["input_ids"]
-    assert between and turns[0] + between + turns[1] + between == whole
-    assert recipe.tokens_between(control_tokenizer, control_tokenizer) == []
+def told_turns(recipe, model, tokenizer, folder, number=12, rows=36, **options):
+    return recipe.ToldTurns(model, Episodes(tokenizer, told(number)), folder, rows, **options)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("bf16", [True, False], ids=["bfloat16", "float32"])
-@pytest.mark.parametrize("layers", [None, [1, 2]], ids=["all", "two"])
-def test_turns_are_kept_with_the_memories_that_an_episode_gives_them(recipe, source_tokenizer, tmp_path, bf16, layers):
+@pytest.mark.parametrize("encoding", ["decoder", "decoder_in_passing"])
+def test_memories_of_turns_are_those_of_a_loop(recipe, source_tokenizer, tmp_path, bf16, encoding):
+    """Dialogues in a row in one memory are one conversation, in which turn after turn is written."""
     tokenizer = convert_tokenizer(source_tokenizer)
-    source = make_source(max_position_embeddings=256)
-    model = from_llm(source, num_memory_slots=7, memory_layers=layers, tokenizer=tokenizer).eval()
-    episodes = Episodes(tokenizer, told(5))
-    options = {"topics": 3, "ordinary_share": 1.0, "bf16": bf16, "seed": 4}
-    turns = recipe.build_turns(model, tokenizer, episodes, tmp_path, between=[9], **options)
-    assert len(turns) == 15 and 1 < len(turns.told_with) < 5
-    # dialogues in a row in one memory are one episode of all their turns
-    for indices in turns.told_with.values():
-        items = [turns[index] for index in indices]
-        row = {name: [item[name].tolist() for item in items] for name in ("input_ids", "labels")}
-        batch = RxTEpisodeCollator(tokenizer)([row])
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        expected, _ = model.model.read_states(model.model.embed_tokens(ids), mask, mask, model.init_stm(1).states)
-        for turn, item in enumerate(items):
-            assert item["memory"].dtype == torch.bfloat16
+    model = from_llm(make_source(), num_memory_slots=7, tokenizer=tokenizer, memory_encoding=encoding).train()
+    data = told_turns(recipe, model, tokenizer, tmp_path, 10, rows=30, ordinary_share=1.0, bf16=bf16, wrong_share=0.0)
+    rows = [data[number] for number in range(30)]
+    assert model.training
+    assert len(data.turns) == 30 and 4 <= len({turn.memory for turn in data.turns}) < 10
+    assert sorted((turn.dialogue, turn.turn) for turn in data.turns) == [(i, t) for i in range(10) for t in range(3)]
+    order = data.epoch[1]
+    model.eval()
+    for memory in {turn.memory for turn in data.turns}:
+        states = model.init_stm(1)
+        indices = [index for index, turn in enumerate(data.turns) if turn.memory == memory]
+        for index in indices:
+            row, turn = rows[order.index(index)], data.turns[index]
+            assert (
+                row["memory"].dtype == torch.bfloat16
+                and row["input_ids"] == data.episodes[turn.dialogue]["input_ids"][turn.turn]
+            )
             # bfloat16 keeps 8 bits
-            close(item["memory"].float(), expected[0, turn], 0.1 if bf16 else 0.02)
-            alone = source.model(item["input_ids"][None]).last_hidden_state[0, :-1]
-            close(item["query_only"].float(), alone[item["labels"][1:] != -100], 0.2 if bf16 else 0.02)
-            # three turns a dialogue
-            before = [token for other in items[turn // 3 * 3 : turn] for token in [*other["input_ids"].tolist(), 9]]
-            history = torch.tensor([before + item["input_ids"].tolist()])
-            full = source.model(history).last_hidden_state[0, len(before) : -1]
-            close(item["full_history"].float(), full[item["labels"][1:] != -100], 0.2 if bf16 else 0.02)
-    recalled = [bool(turns.get(index, "is_recalled").any()) for index in range(len(turns))]
-    assert sum(recalled) == 5
+            close(row["memory"].float(), states.states[0], 0.1 if bf16 else 0.02)
+            inner = model.model
+            ids = torch.tensor([row["input_ids"]])
+            states = STMCache(inner.write(states.states, inner.embed(ids), torch.ones_like(ids)))
+    assert sum(any(row["is_recalled"]) for row in rows) == 10
 
 
-def test_a_history_that_is_too_long_is_read_in_pieces(recipe, source_tokenizer):
-    model, _ = model_and_tokenizer(source_tokenizer)
-    turns = torch.randint(3, VOCABULARY, (9, 15), generator=torch.Generator().manual_seed(2)).tolist()
-    is_kept = [turn != 3 for turn in range(9)]
-    with torch.no_grad():
-        found = recipe._full_history(model, turns, is_kept, [])
-        assert sorted(found) == [0, 1, 2, 4, 5, 6, 7, 8]
-        for turn, hidden_states in found.items():
-            # 64 tokens hold four turns; a piece starts behind two or more turns of the one before
-            first = max(0, turn // 2 * 2 - 2) if turn > 3 else 0
-            ids = torch.tensor([[token for row in turns[first : turn + 1] for token in row]])
-            close(hidden_states, make_source().model(ids).last_hidden_state[0, -15:], 1e-4)
-
-
-def test_what_was_computed_is_not_computed_again_and_other_inputs_are(recipe, source_tokenizer, tmp_path, monkeypatch):
+def test_each_round_is_told_by_the_model_of_its_time(recipe, source_tokenizer, tmp_path):
     model, tokenizer = model_and_tokenizer(source_tokenizer)
-    episodes, played, play = Episodes(tokenizer, told(8)), [], recipe._play
-    monkeypatch.setattr(recipe, "_play", lambda *args: played.append(1) or play(*args))
-    first = recipe.build_turns(model, tokenizer, episodes, tmp_path, topics=2)
-    assert len(played) == 8
-    again = recipe.build_turns(model, tokenizer, episodes, tmp_path, topics=2)
-    assert len(played) == 8 and again.places == first.places
-    # as a run that was stopped in the middle leaves it
-    lost = first.places[-1][0]
-    expected = load_file(lost)
-    lost.unlink()
-    recipe.build_turns(model, tokenizer, episodes, tmp_path, topics=2)
-    assert 8 < len(played) <= 10
-    found = load_file(lost)
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
-    with torch.no_grad():
-        model.model.memory_selection.age_penalty += 1
-    for change in ({"topics": 2}, {"topics": 2, "seed": 1}, {"topics": 3}):
-        before = len(played)
-        recipe.build_turns(model, tokenizer, episodes, tmp_path, **change)
-        assert len(played) == before + 8
-
-
-def test_models_and_data_that_the_recipe_cannot_use_are_refused(recipe, source_tokenizer, tmp_path):
-    tokenizer = convert_tokenizer(source_tokenizer)
-    with pytest.raises(ValueError, match=r"memory_encoding=.decoder.*got 'encoder'"):
-        recipe.build_turns(converted(**PAPER), tokenizer, told(2), tmp_path)
-    model, _ = model_and_tokenizer(source_tokenizer)
-    with pytest.raises(ValueError, match="No dialogue has an answer within 3 tokens"):
-        recipe.build_turns(model, tokenizer, told(2), tmp_path, max_tokens=3)
-    nothing = [{"interactions": dialogue["interactions"][:2]} for dialogue in told(2)]
-    turns = recipe.build_turns(model, tokenizer, nothing, tmp_path, ordinary_share=0.0)
-    with pytest.raises(ValueError, match="no turn to learn from"):
-        recipe.TurnDraws(turns, 4)
+    data = told_turns(recipe, model, tokenizer, tmp_path, rounds=3, ordinary_share=1.0, wrong_share=0.0)
+    dialogues = []
+    for number in (0, 12, 24):
+        data[number]
+        dialogues.append({turn.dialogue for turn in data.turns})
+        if number == 0:
+            early = [data[place] for place in range(12)]
+            randomize(model.model.layers[1], seed=8)
+    assert sorted(index for part in dialogues for index in part) == list(range(12))
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
+    # the same dialogues, told by the model as it is now
+    late = told_turns(recipe, model, tokenizer, tmp_path / "x", rounds=3, ordinary_share=1.0, wrong_share=0.0)
+    pairs = [(row, late[place]) for place, row in enumerate(early)]
+    assert all(row["input_ids"] == other["input_ids"] for row, other in pairs)
+    assert any(not torch.equal(row["memory"], other["memory"]) for row, other in pairs)
+    # what is on the disk is not told again
+    again = told_turns(recipe, model, tokenizer, tmp_path, rounds=3, ordinary_share=1.0, wrong_share=0.0)
+    expected = [data[number]["memory"] for number in range(24, 36)]
+    randomize(model.model.layers[2], seed=9)
+    assert all(torch.equal(again[number]["memory"], expected[number - 24]) for number in range(24, 36))
 
 
 def test_every_turn_is_drawn_once_an_epoch_and_wrong_memories_are_of_other_dialogues(
     recipe, source_tokenizer, tmp_path
 ):
     model, tokenizer = model_and_tokenizer(source_tokenizer)
-    turns = recipe.build_turns(model, tokenizer, told(12), tmp_path, topics=2, ordinary_share=1.0)
-    draws = recipe.TurnDraws(turns, 3 * len(turns), wrong_share=0.25, seed=1)
-    epochs = [[draws[row]["input_ids"] for row in range(start, start + 36)] for start in (0, 36, 72)]
+    options = {"topics": 2, "ordinary_share": 1.0, "wrong_share": 0.25, "seed": 1}
+    data = told_turns(recipe, model, tokenizer, tmp_path, rows=108, **options)
+    epochs = [[data[row]["input_ids"] for row in range(start, start + 36)] for start in (0, 36, 72)]
     assert epochs[0] != epochs[1] and sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
-    rows = [draws[row] for row in range(len(draws))]
-    assert 0.15 < sum(row["is_wrong"] for row in rows) / len(rows) < 0.35
-    again = recipe.TurnDraws(turns, 108, wrong_share=0.25, seed=1)
-    assert all(torch.equal(again[row]["memory"], rows[row]["memory"]) for row in (90, 5, 40))
-    for index in range(len(turns)):
-        others = {turns.of_another(index, draws_rng) for draws_rng in map(recipe.Random, range(40))}
-        assert others.isdisjoint(turns.told_with[turns.places[index][0]]) and max(others) < len(turns)
-    alone = recipe.build_turns(model, tokenizer, told(1), tmp_path)
-    assert alone.of_another(0, recipe.Random(0)) is None
+    drawn = [data.drawn(number) for number in range(108)]
+    wrong = [(turn, other) for turn, other in drawn if other is not None]
+    assert 0.15 < len(wrong) / 108 < 0.35
+    assert all(turn.memory != other.memory for turn, other in wrong)
+    number = drawn.index(wrong[0])
+    assert torch.equal(
+        data[number]["memory"], recipe.safe_open(wrong[0][1].file, "pt").get_tensor("memory")[wrong[0][1].row]
+    )
+    assert not any(data[number]["is_recalled"])
+    again = told_turns(recipe, model, tokenizer, tmp_path, rows=108, **options)
+    assert all(torch.equal(again[row]["memory"], data[row]["memory"]) for row in (90, 5, 40))
+    alone = told_turns(recipe, model, tokenizer, tmp_path / "alone", 1, rows=3, ordinary_share=1.0, wrong_share=1.0)
+    assert alone.drawn(0)[1] is None
+
+
+def test_models_and_data_that_the_recipe_cannot_use_are_refused(recipe, source_tokenizer, tmp_path):
+    model, tokenizer = model_and_tokenizer(source_tokenizer)
+    with pytest.raises(ValueError, match=r"memory_writing=.selection.*got 'attention'"):
+        told_turns(recipe, converted(**PAPER), tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="rounds=13 must be at least 1, and at most the 12 dialogues"):
+        told_turns(recipe, model, tokenizer, tmp_path, rounds=13)
+    nothing = Episodes(tokenizer, [{"interactions": dialogue["interactions"][:2]} for dialogue in told(2)])
+    with pytest.raises(ValueError, match="no turn to learn from"):
+        recipe.ToldTurns(model, nothing, tmp_path, 4, ordinary_share=0.0)
+    options = recipe.UpcyclingArguments(model="m", data=["a", "b"], dialogues=[1, 2, 3])
+    with pytest.raises(ValueError, match="3 numbers for 2 of --data"):
+        next(recipe.read_dialogues(options))
 
 
 def test_loss_is_what_it_says(recipe, source_tokenizer, tmp_path):
     model, tokenizer = model_and_tokenizer(source_tokenizer)
-    turns = recipe.build_turns(model, tokenizer, told(6), tmp_path, ordinary_share=1.0, bf16=False)
-    draws = recipe.TurnDraws(turns, 10, wrong_share=0.4, seed=0)
-    rows = [draws[row] for row in range(10)]
-    assert {row["is_wrong"] for row in rows} == {True, False}
+    options = {"ordinary_share": 1.0, "bf16": False, "wrong_share": 0.4}
+    data = told_turns(recipe, model, tokenizer, tmp_path, 6, rows=10, **options)
+    rows = [data[row] for row in range(10)]
     args = Arguments(str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False)
-    trainer = recipe.UpcyclingTrainer(model, args, train_dataset=draws)
-    trainer.recall_weight, trainer.kl_weight = 5.0, 0.7
+    trainer = recipe.UpcyclingTrainer(model, args, train_dataset=data)
+    trainer.recall_weight = 5.0
     randomize(model.model.layers[1], seed=8)
+    total = weights = 0.0
     with torch.no_grad():
         loss = trainer.compute_loss(model, recipe.TurnCollator(tokenizer)(rows)).item()
-
-    total = weights = 0.0
-    source_head = model.lm_head
-    for row in rows:
-        ids = torch.tensor([row["input_ids"]])
-        with torch.no_grad():
-            logits = model(ids, stm_cache=row["memory"][None].float()).logits[0]
-        teachers = iter(source_head(row["teacher"].float()).softmax(-1))
-        for place in range(1, ids.shape[1]):
-            if row["labels"][place] == -100:
-                continue
-            said, teacher = logits[place - 1].log_softmax(-1), next(teachers)
-            entropy = -said[ids[0, place]].item()
-            divergence = F.kl_div(said, teacher, reduction="sum").item()
-            if row["is_wrong"]:
-                total, weights = total + divergence, weights + 1
-            elif row["is_recalled"][place]:
-                total, weights = total + 5 * entropy, weights + 5
-            else:
-                total, weights = total + entropy + 0.7 * divergence, weights + 1.7
-        assert next(teachers, None) is None
+        for row in rows:
+            ids = torch.tensor([row["input_ids"]])
+            said = model(ids, stm_cache=row["memory"][None].float()).logits[0].log_softmax(-1)
+            for place in range(1, ids.shape[1]):
+                if row["labels"][place] != -100:
+                    weight = 5.0 if row["is_recalled"][place] else 1.0
+                    total, weights = total - weight * said[place - 1, ids[0, place]].item(), weights + weight
+    assert any(any(row["is_recalled"]) for row in rows)
     assert loss == pytest.approx(total / weights, rel=1e-4)
-
-
-def test_teacher_of_a_row_says_what_the_base_says(recipe, source_tokenizer, tmp_path):
-    model, tokenizer = model_and_tokenizer(source_tokenizer)
-    turns = recipe.build_turns(model, tokenizer, told(12), tmp_path, ordinary_share=1.0, bf16=False)
-    draws = recipe.TurnDraws(turns, 36, wrong_share=0.5)
-    rows = [row for row in (draws[number] for number in range(36)) if row["is_wrong"]]
-    for row in rows[:6]:
-        with torch.no_grad():
-            alone = make_source().model(torch.tensor([row["input_ids"]])).last_hidden_state[0, :-1]
-        close(row["teacher"].float(), alone[torch.tensor(row["labels"])[1:] != -100], 0.02)
 
 
 COMMON = ["--slots", "7", "--rank", "2", "--disable_tqdm", "True", "--save_steps", "2", "--learning_rate", "0.02"]
@@ -451,46 +406,84 @@ def run(recipe, source_folder, folder, out, *options):
     return json.loads((out / "run.json").read_text())
 
 
-def test_recipe_trains_resumes_exactly_and_what_it_saves_is_the_model(recipe, source_folder, folder, tmp_path):
-    whole, stopped, merged = tmp_path / "whole", tmp_path / "stopped", tmp_path / "merged"
-    report = run(recipe, source_folder, folder, whole, "--merge", str(merged), "--in_passing")
-    # stopped after its first two steps, as by a kill
-    shutil.copytree(whole / "checkpoint-2", stopped / "checkpoint-2")
-    again = run(recipe, source_folder, folder, stopped, "--cache", str(whole / "turns"))
-    first, second = (load_file(path / "adapter_model.safetensors") for path in (whole, stopped))
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    assert [len({entry["loss"] for entry in found["losses"]}) for found in (report, again)] == [4, 4]
-    assert report["steps"] == 4 and report["slots"] == 7 and report["data"]["dialogues"] == 12
+def test_recipe_trains_and_what_it_saves_is_the_model(recipe, source_folder, folder, tmp_path):
+    whole, merged = tmp_path / "whole", tmp_path / "merged"
+    report = run(recipe, source_folder, folder, whole, "--merge", str(merged))
+    assert len({entry["loss"] for entry in report["losses"]}) == 4
+    assert report["steps"] == 4 and report["data"]["dialogues"] == 12
+    assert report["conversion"] == {"num_memory_slots": 7, "memory_encoding": "decoder_in_passing"}
     assert set(report["salience"]) == {"candidates", "recalled", "held"}
     assert report["command"].startswith("python examples/upcycling/train.py --model")
+    assert not (whole / "turns").exists()
 
-    model, _ = recipe.load_upcycled(str(source_folder), whole, in_passing=True)
+    source = recipe.load_source(str(source_folder))
+    model, tokenizer = load_adapted(*source, whole)
     exported = AutoModelForCausalLM.from_pretrained(merged)
     assert exported.config.memory_encoding == "decoder_in_passing"
-    assert recipe.load_upcycled(str(source_folder), whole)[0].config.memory_encoding == "decoder"
+    assert load_adapted(*source, whole, memory_encoding="decoder")[0].config.memory_encoding == "decoder"
     assert torch.equal(computed(exported), computed(model))
-    base, _ = recipe.convert(*recipe.load_source(str(source_folder)), slots=7)
-    differ = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, base.state_dict()[name])}
-    attention = {f"model.layers.{layer}.self_attn.{kind}_proj.weight" for layer in range(3) for kind in "qkvo"}
-    assert attention < differ and all("memory_selection" in name for name in differ - attention)
-    assert all(tensor.dtype == torch.bfloat16 for tensor in first.values())
+    base = from_llm(source[0], num_memory_slots=7, tokenizer=tokenizer).state_dict()
+    differ = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, base[name])}
+    kinds = [f"self_attn.{kind}" for kind in "qkvo"] + [f"mlp.{kind}" for kind in ("gate", "up", "down")]
+    decoder = {f"model.layers.{layer}.{kind}_proj.weight" for layer in range(3) for kind in kinds}
+    assert decoder < differ and all("memory_selection" in name for name in differ - decoder)
+    # a plain adapter of PEFT, with the salience in full precision
+    tensors = load_file(whole / "adapter_model.safetensors")
+    assert {tensor.dtype for name, tensor in tensors.items() if "lora_" in name} == {torch.bfloat16}
+    assert {tensor.dtype for name, tensor in tensors.items() if "memory_selection" in name} == {torch.float32}
+    plain = from_llm(source[0], tokenizer=tokenizer, **report["conversion"])
+    plain = peft.PeftModel.from_pretrained(plain, whole).merge_and_unload().eval()
+    assert torch.equal(computed(plain), computed(model))
     with pytest.raises(FileNotFoundError, match=r"has no adapter_model.safetensors"):
-        recipe.load_upcycled(str(source_folder), tmp_path)
+        load_adapted(*source, tmp_path)
+
+
+def test_recipe_that_was_stopped_goes_on_as_if_it_had_not_been(recipe, source_folder, folder, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    options = ("--max_steps", "6", "--rounds", "2", "--save_steps", "2")
+    run(recipe, source_folder, folder, whole, *options)
+    step = recipe.UpcyclingTrainer.training_step
+    steps = []
+
+    def interrupted(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(recipe.UpcyclingTrainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, source_folder, folder, stopped, *options)
+    again = run(recipe, source_folder, folder, stopped, *options)
+    assert len(steps) == 4 + 4 and again["steps"] == 6
+    first, second = (load_file(path / "adapter_model.safetensors") for path in (whole, stopped))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_salience_learns_if_it_is_to(recipe, source_folder, folder, tmp_path):
+    run(recipe, source_folder, folder, tmp_path / "still")
+    run(recipe, source_folder, folder, tmp_path / "moved", "--train_salience")
+    found = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("still", "moved")]
+    names = [name for name in found[0] if "memory_selection" in name]
+    assert len(names) == 3
+    assert not torch.equal(*(tensors[names[-1]] for tensors in found))
 
 
 def test_recipe_learns_to_recall(recipe, source_folder, folder, tmp_path):
-    report = run(recipe, source_folder, folder, tmp_path, "--max_steps", "60", "--save_steps", "100", "--rank", "8")
+    options = ("--max_steps", "100", "--save_steps", "100", "--rank", "8", "--rounds", "2", "--wrong_share", "0")
+    report = run(recipe, source_folder, folder, tmp_path, *options)
     losses = [entry["loss"] for entry in report["losses"]]
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
 
 
 def test_adapter_of_smollm2_fits_into_four_megabytes(recipe, tmp_path):
     # its shape, but for the vocabulary, in which nothing is trained
-    fields = {"hidden_size": 576, "intermediate_size": 16, "num_hidden_layers": 30, "num_attention_heads": 9}
+    fields = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
     source = LlamaForCausalLM(LlamaConfig(**fields, vocab_size=64, num_key_value_heads=3))
     model = from_llm(source, num_memory_slots=64)
-    recipe.save_upcycled(peft.get_peft_model(model, adapter_config(model)), tmp_path, {})
-    assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) < 2_000_000
+    options = recipe.UpcyclingArguments(model="smollm2", data=[])
+    save_adapted(recipe.adapted(model, None, options), tmp_path, {})
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) < 4_000_000
 
 
 # The example

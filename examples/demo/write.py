@@ -20,7 +20,8 @@ from typing import Any, Literal, cast
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from demo.facts import (
+from demo.recall import FIRST_TEST_SEED
+from rxt_hf.data.facts import (
     ATTRIBUTES,
     FIRST_TRAINING_SEED,
     SPLITS,
@@ -29,7 +30,6 @@ from demo.facts import (
     generate_dialogue,
     score_answer,
 )
-from demo.recall import FIRST_TEST_SEED
 from rxt_hf.training.preference import add_own_mistakes
 
 # kinds of turns that ask for something

@@ -116,7 +116,6 @@ _INVALID_GENERATION = "The generation config of {} is invalid: {}"
 _MODES = ("training", "gradient_checkpointing")
 _VOCABULARY_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")
 _BASE_PROJECTIONS = r"model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
-_READING_PROJECTIONS = r"model\.layers\.\d+\.self_attn\.[qkvo]_proj"
 # How a pretrained model reads, encodes and writes unless something else is asked for: with what it can already do.
 _MEMORY_FIELDS = {
     "memory_reading": "joint",
@@ -280,11 +279,10 @@ def adapter_config(
 
         adapted = peft.get_peft_model(model, adapter_config(model, tokenizer, r=8))
 
-    Where the memory is read jointly, the decoder's attention, which reads it, gets LoRA, of rank 8 and scale 2. The
-    salience stays: `modules_to_save=["model.memory_selection"]` trains it too. Where the memory is read by a
-    cross-attention, attention and feed-forward of the decoder get LoRA, and the memory encoder, the memory attention,
-    and the memory cross-attentions with their norms are trained whole. The initial memory stays, since PEFT adapts
-    modules only.
+    Attention and feed-forward of the decoder get LoRA. Where the memory is read jointly, that is all, of rank 8 and
+    scale 2; the salience stays, and `modules_to_save=["model.memory_selection"]` trains it too. Where the memory is
+    read by a cross-attention, the memory encoder, the memory attention, and the memory cross-attentions with their
+    norms are trained whole. The initial memory stays, since PEFT adapts modules only.
 
     Checkpoints hold nothing else; loaded onto the same conversion of the same source they give the same numbers.
 
@@ -298,7 +296,7 @@ def adapter_config(
     whole = [name for name in model.memory_modules() if name != "model.memory_selection"]
     fields: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": _BASE_PROJECTIONS, "modules_to_save": whole}
     if model.config.memory_reading == "joint":
-        fields |= {"r": 8, "lora_alpha": 16, "target_modules": _READING_PROJECTIONS, "modules_to_save": whole or None}
+        fields |= {"r": 8, "lora_alpha": 16, "modules_to_save": whole or None}
     if tokenizer is not None and (ids := _control_ids(tokenizer)):
         tables = ["embed_tokens"] if model.config.tie_word_embeddings else ["embed_tokens", "lm_head"]
         fields["trainable_token_indices"] = dict.fromkeys(tables, ids)

@@ -15,8 +15,8 @@ from ..modeling_rxt import RxTForCausalLM
 # The start: how much of the vocabulary counts as frequent, and penalties beside a salience in logarithms of ranks.
 FREQUENT_SHARE = 0.01
 AGE_PENALTY, REPEAT_PENALTY = 0.04, 3.0
-# The fit: candidates that it looks at, and the weight decay of the salience's vector.
-MAX_CANDIDATES, WEIGHT_DECAY = 60_000, 3e-3
+# The fit: numbers that it looks at, a vector for each candidate, and the weight decay of the salience's vector.
+MAX_NUMBERS, WEIGHT_DECAY = 150_000_000, 3e-3
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def _recalls(episodes: Episodes) -> Iterator[list[tuple[list[int], list[int]]]]:
 def _fit(model: RxTForCausalLM, dialogues: list, topics: int, rng: Random) -> dict:
     features: list[tuple[torch.Tensor, ...]] = []
     held = asked = candidates = 0
-    while candidates < MAX_CANDIDATES and len(features) < 40 * len(dialogues):
+    while candidates * model.config.hidden_size < MAX_NUMBERS and len(features) < 40 * len(dialogues):
         for row, is_held in _play(model, rng.choices(dialogues, k=rng.randint(1, topics))):
             features.append(row)
             candidates += len(row[0])

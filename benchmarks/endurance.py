@@ -2,7 +2,7 @@
 """
 One conversation of very many turns, and very many conversations mixed on one model.
 
-    python benchmarks/endurance.py --output benchmarks/results/endurance.json
+    PYTHONPATH=examples python benchmarks/endurance.py --output benchmarks/results/endurance.json
 
 The first keeps a plain `STMCache` and says how time, RSS and bytes of state go with the turns. The second compares
 each conversation, played in random order among the others, with the same one played alone. The third figure is what
@@ -25,13 +25,13 @@ from typing import Any
 
 import psutil
 import torch
+from demo.facts import generate_dialogue
 from demo.recall import FIRST_TEST_SEED
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import rxt_hf
 from rxt_hf import RxTSession, STMCache
 from rxt_hf.chat_template import encode_interactions
-from rxt_hf.data.facts import generate_dialogue
 from rxt_hf.evaluation.speed import environment
 
 

@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 import torch
+from demo.facts import generate_dialogue
 from demo.recall import FIRST_TEST_SEED, answer_perplexity, recall
 from tables import demo_baselines, recall_by_turns
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -21,7 +22,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import rxt_hf
 from rxt_hf.chat_template import encode_interactions
 from rxt_hf.data.collator import RxTEpisodeCollator
-from rxt_hf.data.facts import generate_dialogue
 from rxt_hf.evaluation.memory import effective_rank
 from rxt_hf.evaluation.speed import environment
 

@@ -14,6 +14,7 @@ from random import Random
 from typing import Any
 
 import torch
+from demo.facts import ATTRIBUTES, DialogueWriter
 from demo.recall import FIRST_TEST_SEED
 from tables import markdown_table, show
 from torch.nn import functional as F
@@ -22,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rxt_hf
 from rxt_hf import RxTForCausalLM
 from rxt_hf.data.collator import RxTEpisodeCollator
-from rxt_hf.data.facts import ATTRIBUTES, DialogueWriter
 from rxt_hf.data.readers import encode_turns
 from rxt_hf.evaluation.memory import ROWS, on_device
 from rxt_hf.evaluation.speed import environment

@@ -19,6 +19,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from demo.facts import MIX as FACT_MIX
+from demo.facts import corpus_texts, generate_dialogue
 from demo.recall import FIRST_TEST_SEED, recall
 from demo.train import encode_dialogue
 from tables import options_table
@@ -28,8 +30,6 @@ from transformers import Trainer, TrainingArguments
 from rxt_hf import RxTConfig, RxTForCausalLM
 from rxt_hf.chat_template import train_tokenizer
 from rxt_hf.data.collator import RxTEpisodeCollator, RxTPreTrainingCollator
-from rxt_hf.data.facts import MIX as FACT_MIX
-from rxt_hf.data.facts import corpus_texts, generate_dialogue
 from rxt_hf.evaluation.memory import effective_rank
 from rxt_hf.evaluation.speed import environment
 from rxt_hf.training.loop import MuonAdamW, learning_rate_factor

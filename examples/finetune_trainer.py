@@ -14,12 +14,12 @@ import argparse
 import tempfile
 from random import Random
 
+from demo.facts import CHAT, VALUES
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import rxt_hf
 from rxt_hf.chat_template import encode_interactions
 from rxt_hf.data.collator import RxTEpisodeCollator
-from rxt_hf.data.facts import CHAT, VALUES
 from rxt_hf.session import RxTSession
 
 STATEMENT, QUESTION = "The password of the tower is {}.", "What is the password of the tower?"

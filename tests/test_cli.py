@@ -565,7 +565,7 @@ def test_bench_writes_its_report_and_prints_its_tables(rxt, tmp_path):
 
 
 def test_conversation_script_runs_and_asks_last_for_a_name_outside_the_training_data(rxt, folder):
-    from rxt_hf.data.facts import OPEN_REAL_NAMES
+    from demo.facts import OPEN_REAL_NAMES
 
     script = EXAMPLES / "conversation.txt"
     code, out, err = rxt("chat", folder, *SHORT, "--script", script)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from demo.facts import generate_dialogue
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rxt_hf import DEMO, graphs
-from rxt_hf.data.facts import generate_dialogue
 from rxt_hf.graphs import OnnxRxT, RxTGraphs, TurnRunner, export_graphs
 
 from .models import EXPERTS, IN_PASSING, close, random_ids, random_memory, tiny_model

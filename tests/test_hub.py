@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from demo.facts import corpus_texts
 from huggingface_hub import EvalResult, HfApi, ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, pipeline
@@ -17,7 +18,6 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen3Co
 from rxt_hf import RxTConfig, RxTForCausalLM, RxTSession, StateError, STMCache, hub
 from rxt_hf.chat_template import train_tokenizer
 from rxt_hf.convert import from_llm
-from rxt_hf.data.facts import corpus_texts
 from rxt_hf.hub import export, export_memory, load_memory, model_card
 
 from .reference_rxt import randomize

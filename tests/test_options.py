@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from demo.facts import corpus_texts
 from tables import OPTION_FIGURES
 
 from rxt_hf.chat_template import train_tokenizer
-from rxt_hf.data.facts import corpus_texts
 
 STAGES = "stages 1 + 2 + 3"
 

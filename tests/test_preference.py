@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from demo.facts import corpus_texts
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from rxt_hf import DEMO
 from rxt_hf.chat_template import encode_interaction, train_tokenizer
 from rxt_hf.data.collator import RxTEpisodeCollator
-from rxt_hf.data.facts import corpus_texts
 from rxt_hf.data.readers import cut_episode, read_episodes
 from rxt_hf.training.preference import (
     PreferenceArguments,

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from demo.facts import generate_dialogue
 from memory_tasks.tasks import generate_remember
 from torch.utils.data import DataLoader
 from train_dialogues import texts
@@ -19,7 +20,6 @@ from train_dialogues import texts
 from rxt_hf.chat_template import encode_interactions, train_tokenizer
 from rxt_hf.data.batching import bucket_by_turns
 from rxt_hf.data.collator import RxTEpisodeCollator
-from rxt_hf.data.facts import generate_dialogue
 from rxt_hf.data.readers import (
     Episodes,
     cut_episode,

@@ -5,12 +5,12 @@ from statistics import fmean, pstdev
 
 import pytest
 import torch
+from demo.facts import corpus_texts, generate_dialogue
 from torch.nn.functional import cosine_similarity, pad
 
 from rxt_hf import DEMO
 from rxt_hf.chat_template import encode_interaction, train_tokenizer
 from rxt_hf.data.collator import RxTEpisodeCollator
-from rxt_hf.data.facts import corpus_texts, generate_dialogue
 from rxt_hf.data.readers import cut_episode, read_episodes
 from rxt_hf.evaluation.text_scores import corpus_bleu, ngram_counts, sentence_bleu, word_ids
 from rxt_hf.training.reinforcement import (

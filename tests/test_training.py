@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from demo.facts import corpus_texts, generate_dialogue
 from torch.nn.functional import cross_entropy, pad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -17,7 +18,6 @@ from transformers import Trainer, TrainingArguments
 from rxt_hf import RxTConfig, RxTForCausalLM
 from rxt_hf.chat_template import encode_interactions, train_tokenizer
 from rxt_hf.data.collator import RxTEpisodeCollator
-from rxt_hf.data.facts import corpus_texts, generate_dialogue
 
 EXPERTS = {"num_experts": 3, "moe_intermediate_size": 16, "output_router_logits": True, "router_aux_loss_coef": 0.5}
 # the other implementations have no float64

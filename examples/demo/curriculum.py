@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from torch.utils.data import Dataset
 
+from demo.facts import ATTRIBUTES, MIX, Dialogue, DialogueWriter, Interaction, generate_dialogue, score_answer
 from demo.write import QUESTIONS, marked
-from rxt_hf.data.facts import ATTRIBUTES, MIX, Dialogue, DialogueWriter, Interaction, generate_dialogue, score_answer
 
 # (share of the run, turns of a dialogue, share of dialogues that come back to a topic after others)
 CURRICULUM = ((0.3, 8, 0.0), (0.65, 16, 0.25), (1.0, 16, 0.5))

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from demo.facts import generate_dialogue, score_answer
 from rxt_hf.cache_rxt import STMCache
 from rxt_hf.chat_template import encode_interactions
 from rxt_hf.data.collator import RxTEpisodeCollator
-from rxt_hf.data.facts import generate_dialogue, score_answer
 from rxt_hf.evaluation.memory import by_bucket, mean
 from rxt_hf.evaluation.rollout import GREEDY, SAMPLED, answer
 from rxt_hf.modeling_rxt import RxTForCausalLM

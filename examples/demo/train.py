@@ -29,10 +29,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from demo.baselines import Arm, arranged, build_model
-from rxt_hf.chat_template import encode_interactions, train_tokenizer
-from rxt_hf.configuration_rxt import RxTConfig
-from rxt_hf.data.batching import StepCollator
-from rxt_hf.data.facts import (
+from demo.facts import (
     FIRST_TRAINING_SEED,
     MIX,
     Dialogue,
@@ -41,6 +38,9 @@ from rxt_hf.data.facts import (
     generate_dialogue,
     open_name,
 )
+from rxt_hf.chat_template import encode_interactions, train_tokenizer
+from rxt_hf.configuration_rxt import RxTConfig
+from rxt_hf.data.batching import StepCollator
 from rxt_hf.modeling_rxt import RxTForCausalLM
 from rxt_hf.presets import PRESETS
 from rxt_hf.training.loop import SECOND_FALL_FROM, CpuBudget, parse, train

@@ -20,8 +20,7 @@ from typing import Any, Literal, cast
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from demo.recall import FIRST_TEST_SEED
-from rxt_hf.data.facts import (
+from demo.facts import (
     ATTRIBUTES,
     FIRST_TRAINING_SEED,
     SPLITS,
@@ -30,6 +29,7 @@ from rxt_hf.data.facts import (
     generate_dialogue,
     score_answer,
 )
+from demo.recall import FIRST_TEST_SEED
 from rxt_hf.training.preference import add_own_mistakes
 
 # kinds of turns that ask for something

@@ -28,8 +28,9 @@ from random import Random
 from typing import Any
 from zlib import crc32
 
+from demo.facts import CHAT, VALUES
+
 from rxt_hf.chat_template import CONTROL_TOKENS
-from rxt_hf.data.facts import CHAT, VALUES
 
 Turn = dict[str, Any]
 ACKNOWLEDGEMENT = "Okay."

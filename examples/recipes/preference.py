@@ -18,6 +18,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+from demo.facts import MIX, UNKNOWN_ANSWER, generate_dialogue
 from demo.recall import recall
 from demo.write import wrong_answers
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
@@ -25,7 +26,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import rxt_hf
 from rxt_hf.data.collator import RxTEpisodeCollator
-from rxt_hf.data.facts import MIX, UNKNOWN_ANSWER, generate_dialogue
 from rxt_hf.evaluation.speed import environment
 from rxt_hf.training.preference import (
     PreferenceArguments,

@@ -3,8 +3,8 @@ import math
 
 import pytest
 from demo.curriculum import FactCurriculum, fact_reward, long_range_dialogue
+from demo.facts import UNKNOWN_ANSWER
 
-from rxt_hf.data.facts import UNKNOWN_ANSWER
 from rxt_hf.training.reinforcement import saved_turn
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from demo import train as fact_dialogues
 from demo.baselines import ARMS, build_model
+from demo.facts import ATTRIBUTES, HELD_OUT_PAIRS, OPEN_REAL_NAMES, VALUES, corpus_texts, generate_dialogue
 from demo.recall import FIRST_TEST_SEED
 from demo.train import FactDialogues, main
 from safetensors.torch import load_file
@@ -20,7 +21,6 @@ from transformers import TrainingArguments
 from rxt_hf import RxTConfig, RxTForCausalLM
 from rxt_hf.chat_template import encode_interaction, train_tokenizer
 from rxt_hf.data.batching import StepCollator
-from rxt_hf.data.facts import ATTRIBUTES, HELD_OUT_PAIRS, OPEN_REAL_NAMES, VALUES, corpus_texts, generate_dialogue
 from rxt_hf.presets import PRESETS
 from rxt_hf.training import loop
 from rxt_hf.training.loop import CpuBudget, MuonAdamW, learning_rate_factor

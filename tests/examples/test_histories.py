@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from demo.baselines import ARMS, SLIDING_WINDOW, build_model
+from demo.facts import corpus_texts
 from demo.train import FactDialogues
 from histories import evaluate_history, history_losses, history_probes
 from tables import dialogues_by_turn
@@ -20,7 +21,6 @@ from train_dialogues import CURRICULUM, FACTS, DialogueSteps, main, with_probes
 
 from rxt_hf import RxTConfig
 from rxt_hf.chat_template import train_tokenizer
-from rxt_hf.data.facts import corpus_texts
 from rxt_hf.evaluation.memory import Dialogues
 
 from ..models import SIZES, close

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from demo import recall as evaluation
+from demo.facts import UNKNOWN_ANSWER, corpus_texts, generate_dialogue
 from demo.recall import HistoryArm, RxTArm, answer_perplexity, main, make_arm, recall
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rxt_hf.chat_template import encode_interactions, train_tokenizer
 from rxt_hf.data.collator import RxTEpisodeCollator
-from rxt_hf.data.facts import UNKNOWN_ANSWER, corpus_texts, generate_dialogue
 from rxt_hf.session import RxTSession
 
 from ..models import tiny_model

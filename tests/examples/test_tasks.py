@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from math import log2
 
 import pytest
+from demo.facts import CHAT
 from memory_tasks.tasks import (
     BABI_TASKS,
     TASKS,
@@ -18,8 +19,6 @@ from memory_tasks.tasks import (
     generate_rewrite,
     generate_variable_tracking,
 )
-
-from rxt_hf.data.facts import CHAT
 
 NUMBERS = ("none", "one", "two", "three", "four")
 MOVE = re.compile(r"(\w+(?: \w+)?) (?:went|walked|ran|moved) to the (\w+)\.")

@@ -7,9 +7,8 @@ from collections import Counter
 from random import Random
 
 import pytest
-
-from rxt_hf.data import facts
-from rxt_hf.data.facts import ATTRIBUTES, CHAT, HELD_OUT_PAIRS, OPEN_REAL_NAMES, UNKNOWN_ANSWER
+from demo import facts
+from demo.facts import ATTRIBUTES, CHAT, HELD_OUT_PAIRS, OPEN_REAL_NAMES, UNKNOWN_ANSWER
 
 NEWCOMER = {"p_introduction": 0.6, "p_foreign": 0.2, "p_casual": 0.5}
 

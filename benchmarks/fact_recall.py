@@ -35,7 +35,7 @@ CASES += [("new", 4), ("new", 8), ("new", 16)]
 CASUAL_CASES = [("seen", turns) for turns in (8, 16, 32)]
 
 
-def measure(model, tokenizer, share: float, *, full_history: bool = False, cases=CASES, control="none", **mix) -> dict:
+def measure(model, tokenizer, share: float, *, full_history: bool = False, cases=CASES, memory="own", **mix) -> dict:
     rows = []
     for split, turns in cases:
         row = recall(
@@ -45,13 +45,13 @@ def measure(model, tokenizer, share: float, *, full_history: bool = False, cases
             num_turns=turns,
             num_dialogues=max(2, int(DIALOGUES[turns] * share)),
             full_history=full_history,
-            control=control,
+            memory=memory,
             **mix,
         )
         print(f"  {split:7}{turns:3} turns  recall {row['recall']}  ({row['questions']} questions)", flush=True)
         rows.append(row)
     result = {"parameters": sum(p.numel() for p in model.parameters()), "dtype": str(model.dtype), "recall": rows}
-    if control == "none" and not mix:
+    if memory == "own" and not mix:
         result["answer_perplexity"] = {
             turns: round(answer_perplexity(model, tokenizer, num_turns=turns, full_history=full_history), 4)
             for turns in (8, 16, 32, 64)
@@ -89,15 +89,15 @@ def ranks(model, tokenizer, num_turns: int = 64, rows: int = 16) -> dict:
 
 
 def measure_rxt(folder: str, share: float) -> dict:
-    """The model with a memory, and the same with another dialogue's memory and with none."""
+    """The model with its own memory, and with a shuffled and a cleared one."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = load(folder)
     arms = {"rxt": measure(model, tokenizer, share)}
     arms["rxt"]["memory_bytes"] = model.init_stm(1).nbytes
     arms["rxt"]["effective_rank_by_turn"] = ranks(model, tokenizer)
     arms["casual"] = measure(model, tokenizer, share, cases=CASUAL_CASES, p_casual=1.0)
-    for control in ("other_memory", "cleared_memory"):
-        arms[control] = measure(model, tokenizer, share, cases=[("seen", 8), ("seen", 32)], control=control)
+    for memory in ("shuffled", "cleared"):
+        arms[memory] = measure(model, tokenizer, share, cases=[("seen", 8), ("seen", 32)], memory=memory)
     return arms
 
 

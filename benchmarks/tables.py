@@ -27,7 +27,7 @@ BLOCK = re.compile(r"(<!-- (?!end -->)([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DO
 
 DIALOGUE_TITLES = {
     "rxt": "RxT, fixed-size memory",
-    "rxt, shuffled": "the same, another dialogue's memory",
+    "rxt, shuffled": "the same, memory shuffled",
     "rxt, cleared": "the same, memory cleared",
     "current_turn": "Llama, current turn only",
     "sliding_window": "Mistral, sliding window",
@@ -78,8 +78,8 @@ def recall_by_turns(report: Mapping[str, Any]) -> str:
         ("trained pairs, in phrases never seen in training", "casual", "seen", "recall"),
         ("stale answers about overwritten facts", "rxt", "seen", "stale"),
         ('"You have not told me that yet." where it is due', "rxt", "seen", "abstention"),
-        ("with another dialogue's memory", "other_memory", "seen", "recall"),
-        ("with the memory cleared", "cleared_memory", "seen", "recall"),
+        ("with the memory shuffled", "shuffled", "seen", "recall"),
+        ("with the memory cleared", "cleared", "seen", "recall"),
     ]
     rows = []
     for title, arm, split, figure in lines:
@@ -329,14 +329,14 @@ def options_table(report: Mapping[str, Any]) -> str:
 
 def summary() -> str:
     demo, cost, real = load("fact_recall"), load("turn_cost_100m"), load("dialogues_facts_first")
-    right = {arm: by_turns(demo[arm]["recall"], "recall") for arm in ("rxt", "cleared_memory", *DEMO_ARMS)}
+    right = {arm: by_turns(demo[arm]["recall"], "recall") for arm in ("rxt", "cleared", *DEMO_ARMS)}
     shares = " / ".join(show(right["rxt"][turns]) for turns in (8, 16, 32, 64))
     others = (f"{title.partition(', ')[2]}: {show(right[arm][16])}" for arm, title in list(DEMO_ARMS.items())[1:])
     rows = [
         [
             "demo, questions answered right in 8 / 16 / 32 / 64 turns",
             shares,
-            f"memory cleared: {show(right['cleared_memory'][8])}",
+            f"memory cleared: {show(right['cleared'][8])}",
         ],
         [
             "the demo's first run, 16 turns",
@@ -450,7 +450,7 @@ UPCYCLING_MEMORIES = {
     "none": "",
     "own": ", own memory",
     "cleared": ", memory cleared",
-    "shuffled": ", another dialogue's memory",
+    "shuffled": ", memory shuffled",
 }
 
 

@@ -9,7 +9,7 @@ greedy, or sampled at temperature 1 from the whole vocabulary, as reinforcement 
 import argparse
 import json
 import math
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -18,12 +18,11 @@ from demo.facts import generate_dialogue, score_answer
 from rxt_hf.cache_rxt import STMCache
 from rxt_hf.chat_template import encode_interactions
 from rxt_hf.data.collator import RxTEpisodeCollator
-from rxt_hf.evaluation.memory import by_bucket, mean
+from rxt_hf.evaluation.memory import Memory, by_bucket, mean
 from rxt_hf.evaluation.rollout import GREEDY, SAMPLED, answer
 from rxt_hf.modeling_rxt import RxTForCausalLM
 
 FIRST_TEST_SEED = 1_000
-Control = Literal["none", "other_memory", "cleared_memory"]
 
 
 class RxTArm:
@@ -33,22 +32,22 @@ class RxTArm:
         self,
         model: Any,
         tokenizer: PreTrainedTokenizerFast,
-        control: Control = "none",
+        memory: Memory = "own",
         generation: dict[str, Any] = GREEDY,
     ):
-        self.model, self.tokenizer, self.control, self.generation = model, tokenizer, control, generation
+        self.model, self.tokenizer, self.memory, self.generation = model, tokenizer, memory, generation
         self.stm_cache: STMCache | None = None
 
     def answer(self, queries: list[str], max_new_tokens: int) -> list[str]:
         prompts = encode_interactions(self.tokenizer, queries)["input_ids"]
-        memory = self.model.init_stm(len(queries)) if self.stm_cache is None else self.stm_cache
+        own = self.model.init_stm(len(queries)) if self.stm_cache is None else self.stm_cache
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, **self.generation}
-        said, self.stm_cache = answer(self.model, self.tokenizer, prompts, memory, update_memory=True, **options)
-        if self.control != "none":
+        said, self.stm_cache = answer(self.model, self.tokenizer, prompts, own, update_memory=True, **options)
+        if self.memory != "own":
             # the memory is written as always; only this turn reads another memory, or the initial one
             read = self.model.init_stm(len(queries))
-            if self.control == "other_memory":
-                read = memory.select(torch.arange(len(queries)).roll(1))
+            if self.memory == "shuffled":
+                read = own.select(torch.arange(len(queries)).roll(1))
             said, _ = answer(self.model, self.tokenizer, prompts, read, **options)
         return self.tokenizer.batch_decode(said, skip_special_tokens=True)
 
@@ -77,13 +76,13 @@ class HistoryArm:
 
 
 def make_arm(
-    model, tokenizer, control: Control = "none", *, full_history: bool = False, do_sample: bool = False
+    model, tokenizer, memory: Memory = "own", *, full_history: bool = False, do_sample: bool = False
 ) -> RxTArm | HistoryArm:
     generation = SAMPLED if do_sample else GREEDY
     if isinstance(model, RxTForCausalLM):
-        return RxTArm(model, tokenizer, control, generation)
-    if control != "none":
-        raise ValueError(f"control={control!r} needs a model with a memory, got {type(model).__name__}.")
+        return RxTArm(model, tokenizer, memory, generation)
+    if memory != "own":
+        raise ValueError(f"memory={memory!r} needs a model with a memory, got {type(model).__name__}.")
     return HistoryArm(model, tokenizer, full_history, generation)
 
 
@@ -96,7 +95,7 @@ def recall(
     num_turns: int = 8,
     num_dialogues: int = 100,
     full_history: bool = False,
-    control: Control = "none",
+    memory: Memory = "own",
     do_sample: bool = False,
     first_seed: int = FIRST_TEST_SEED,
     max_new_tokens: int = 32,
@@ -109,14 +108,14 @@ def recall(
     about an overwritten fact answered with an older value), abstention on questions about facts not told, and recall
     by distance in turns and by number of live facts.
     """
-    if control == "other_memory" and num_dialogues < 2:
-        raise ValueError(f"other_memory needs at least 2 dialogues to take a memory from, got {num_dialogues}.")
+    if memory == "shuffled" and num_dialogues < 2:
+        raise ValueError(f"A shuffled memory is that of another dialogue: expected 2 or more, got {num_dialogues}.")
     model.eval()
     dialogues = [
         generate_dialogue(first_seed + row, split=split, num_turns=num_turns, **dialogue_kwargs)["interactions"]
         for row in range(num_dialogues)
     ]
-    player = make_arm(model, tokenizer, control, full_history=full_history, do_sample=do_sample)
+    player = make_arm(model, tokenizer, memory, full_history=full_history, do_sample=do_sample)
     if do_sample:
         torch.manual_seed(first_seed)
     asked, stale, unknown, chat = [], [], [], []
@@ -136,7 +135,7 @@ def recall(
     value = mean([correct for correct, _, _ in asked])
     error = None if value is None else round(1.96 * math.sqrt(value * (1 - value) / len(asked)), 4)
     return {
-        "control": control,
+        "memory": memory,
         "do_sample": do_sample,
         "split": split,
         "turns": num_turns,
@@ -189,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Recall of facts over turns")
     parser.add_argument("model")
     parser.add_argument("--full-history", action="store_true", help="give a model without a memory the whole dialogue")
-    parser.add_argument("--control", default="none", choices=["none", "other_memory", "cleared_memory"])
+    parser.add_argument("--memory", default="own", choices=get_args(Memory), help="memory to read (default: own)")
     parser.add_argument("--split", nargs="+", default=["seen"])
     parser.add_argument("--turns", type=int, nargs="+", default=[8])
     parser.add_argument(
@@ -212,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
                 num_turns=turns,
                 num_dialogues=options.dialogues,
                 full_history=options.full_history,
-                control=options.control,
+                memory=options.memory,
                 do_sample=options.do_sample,
                 p_casual=options.casual,
             )

@@ -118,8 +118,8 @@ def test_shares_of_no_questions_are_none(model, tokenizer):
 
 
 def test_the_arm_follows_from_the_model(model, llama, tokenizer):
-    arm = make_arm(model, tokenizer, "other_memory", full_history=True)
-    assert isinstance(arm, RxTArm) and arm.control == "other_memory"
+    arm = make_arm(model, tokenizer, "shuffled", full_history=True)
+    assert isinstance(arm, RxTArm) and arm.memory == "shuffled"
     for full_history in (True, False):
         arm = make_arm(llama, tokenizer, full_history=full_history)
         assert isinstance(arm, HistoryArm) and arm.full_history is full_history
@@ -167,14 +167,14 @@ def test_samples_are_of_the_whole_distribution_and_the_same_each_time(model, lla
     assert all(one != other for one, other in zip(greedy, first, strict=True))
 
 
-@pytest.mark.parametrize("control", ["other_memory", "cleared_memory"])
-def test_a_control_changes_what_a_turn_reads_and_nothing_of_what_is_written(model, tokenizer, control):
-    """By hand: every dialogue alone, without padding, each turn read once under the memory of the control."""
+@pytest.mark.parametrize("memory", ["shuffled", "cleared"])
+def test_a_control_changes_what_a_turn_reads_and_nothing_of_what_is_written(model, tokenizer, memory):
+    """By hand: every dialogue alone, without padding, each turn read once under that memory."""
     prompts = [encode_interactions(tokenizer, queries)["input_ids"] for queries in QUERIES]
-    true, controlled = RxTArm(model, tokenizer), RxTArm(model, tokenizer, control)
+    true, controlled = RxTArm(model, tokenizer), RxTArm(model, tokenizer, memory)
     memories = [model.init_stm(1) for _ in range(3)]
     for turn, queries in enumerate(QUERIES):
-        read = [memories[-1], *memories[:-1]] if control == "other_memory" else [model.init_stm(1)] * 3
+        read = [memories[-1], *memories[:-1]] if memory == "shuffled" else [model.init_stm(1)] * 3
         expected = []
         for row in range(3):
             ids = torch.tensor([prompts[turn][row]])
@@ -187,7 +187,7 @@ def test_a_control_changes_what_a_turn_reads_and_nothing_of_what_is_written(mode
         # all memories are the same before the first turn
         assert all(a != b for a, b in zip(expected, true_answers, strict=True)) if turn else expected == true_answers
         assert torch.equal(controlled.stm_cache.states, true.stm_cache.states)
-        written = torch.cat([memory.states for memory in memories])
+        written = torch.cat([each.states for each in memories])
         torch.testing.assert_close(controlled.stm_cache.states, written, atol=1e-5, rtol=0)
 
 
@@ -263,17 +263,17 @@ def test_the_command_prints_one_line_for_each_split_and_number_of_turns(model, t
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     capsys.readouterr()
-    options = ["--split", "seen", "open", "--turns", "2", "8", "--dialogues", "2", "--control", "cleared_memory"]
+    options = ["--split", "seen", "open", "--turns", "2", "8", "--dialogues", "2", "--memory", "cleared"]
     main([str(tmp_path), *options])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(line["split"], line["turns"]) for line in lines] == [("seen", 2), ("seen", 8), ("open", 2), ("open", 8)]
-    assert {line["control"] for line in lines} == {"cleared_memory"}
-    expected = recall(model, tokenizer, split="open", num_turns=8, num_dialogues=2, control="cleared_memory")
+    assert {line["memory"] for line in lines} == {"cleared"}
+    expected = recall(model, tokenizer, split="open", num_turns=8, num_dialogues=2, memory="cleared")
     assert lines[-1] == expected
 
 
 def test_controls_are_refused_where_there_is_no_other_memory(monkeypatch):
-    with pytest.raises(ValueError, match="at least 2 dialogues"):
-        recall(None, None, num_dialogues=1, control="other_memory")
+    with pytest.raises(ValueError, match="expected 2 or more, got 1"):
+        recall(None, None, num_dialogues=1, memory="shuffled")
     with pytest.raises(ValueError, match="needs a model with a memory"):
-        recall(torch.nn.Identity(), None, num_dialogues=2, control="cleared_memory")
+        recall(torch.nn.Identity(), None, num_dialogues=2, memory="cleared")

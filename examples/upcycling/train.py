@@ -233,19 +233,21 @@ class ToldTurns(Dataset):
         others = [other for other in self.turns if other.memory != turn.memory]
         return rng.choice(others) if others else None
 
-    def tell_round(self, number: int) -> list[Told]:
-        """The turns of a round, whose memories are on the disk by then. What is there is not computed again."""
-        folder, part, rng = self.folder / str(number), list(self.parts[number]), Random(f"{self.seed}:{number}")
-        folder.mkdir(parents=True, exist_ok=True)
-        # the last checkpoint may be in the round before
-        shutil.rmtree(self.folder / str(number - 2), ignore_errors=True)
-        told = []
+    def told_in(self, number: int) -> list[list[int]]:
+        """What is told in a round: the dialogues of each memory, memories of about equal length side by side."""
+        part, rng, told = list(self.parts[number]), Random(f"{self.seed}:{number}"), []
         while part:
             length = rng.randint(1, self.topics)
             told.append(part[:length])
             part = part[length:]
-        # of about equal length side by side
-        told.sort(key=lambda row: sum(len(self.masks[index]) for index in row))
+        return sorted(told, key=lambda row: sum(len(self.masks[index]) for index in row))
+
+    def tell_round(self, number: int) -> list[Told]:
+        """The turns of a round, whose memories are on the disk by then. What is there is not computed again."""
+        folder, told = self.folder / str(number), self.told_in(number)
+        folder.mkdir(parents=True, exist_ok=True)
+        # the last checkpoint may be in the round before
+        shutil.rmtree(self.folder / str(number - 2), ignore_errors=True)
         turns: list[Told] = []
         for start in range(0, len(told), WIDTH):
             file = folder / f"{start:06}.safetensors"
@@ -370,10 +372,12 @@ def main(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     if not trainer.is_world_process_zero():
         return
+    base_model = "HuggingFaceTB/SmolLM2-135M-Instruct" if options.model == "smollm2" else Path(options.model).name
     report = {
         "command": shlex.join(["python", "examples/upcycling/train.py", *(sys.argv[1:] if argv is None else argv)]),
         "environment": environment(str(model.device)),
         "conversion": conversion,
+        "base_model": base_model,
         "seed": args.seed,
         "data": {"paths": options.data, "dialogues": len(episodes), "turns": sum(map(sum, data.is_kept))},
         "salience": salience,
@@ -385,7 +389,6 @@ def main(argv: list[str] | None = None) -> None:
     shutil.rmtree(turns, ignore_errors=True)
     if options.merge is not None:
         merged, tokenizer = load_adapted(*load_source(options.model), folder)
-        base_model = "HuggingFaceTB/SmolLM2-135M-Instruct" if options.model == "smollm2" else Path(options.model).name
         card = model_card(merged, Path(options.merge).name, base_model=base_model)
         export(merged, options.merge, tokenizer, card=card)
 

@@ -1,6 +1,7 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """What a converted language model learned, as a small folder beside the language model."""
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -28,16 +29,17 @@ def save_adapted(adapted: "PeftModel", folder: str | os.PathLike, report: Mappin
         adapted (`PeftModel`): a converted model with the adapter of [`adapter_config`], and the salience among its
             `modules_to_save`. LoRA is stored in bfloat16, the salience as it is: a choice must not hang on rounding.
         folder (`str` or `os.PathLike`): where `adapter_config.json`, `adapter_model.safetensors` and `run.json` go.
-        report (`Mapping`): how it came to be. `"conversion"` holds the arguments of [`from_llm`].
+        report (`Mapping`): how it came to be. `"conversion"` holds the arguments of [`from_llm`], and `"base_model"`
+            the name of the language model.
     """
     from peft import get_peft_model_state_dict
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = adapted.peft_config["default"]
-    is_inference, config.inference_mode = config.inference_mode, True
-    config.save_pretrained(str(folder))
-    config.inference_mode = is_inference
+    saved = copy.copy(config)
+    saved.inference_mode, saved.base_model_name_or_path = True, report.get("base_model")
+    saved.save_pretrained(str(folder))
     tensors = {
         name: (tensor.to(torch.bfloat16) if "lora_" in name else tensor).detach().contiguous().cpu()
         for name, tensor in get_peft_model_state_dict(adapted).items()

@@ -11,44 +11,24 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The Short-Term Memory of an RxT model between two turns, as a value, and its file."""
+"""The Short-Term Memory of an RxT model between two turns, as a value."""
 
-import contextlib
 import hashlib
-import io
-import json
-import math
 import os
 import reprlib
-import shutil
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils import _pytree
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from .fingerprint_rxt import fingerprints_match
+from .memory_file_rxt import StateError, check_header_length, decode, encode, expect, write_atomically
 
-try:
-    import fcntl
-except ImportError:  # Windows: concurrent saves to one path are not serialised there
-    fcntl = None
-
-
-FORMAT = "rxt_hf.STMCache"
-FORMAT_VERSION, INT8_FORMAT_VERSION = "1", "2"
-# A real header has about 400 bytes. The limit also bounds the depth and the time of the JSON parser.
-MAX_HEADER_BYTES = 4096
-FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-STORED_DTYPES = FILE_DTYPES | {"I64": torch.int64, "I8": torch.int8}
 DIMENSIONS = "(batch_size, num_memory_layers, num_memory_slots, hidden_size)"
-
-
-class StateError(ValueError):
-    """A memory state that cannot be saved, or a state file that is refused."""
 
 
 class STMCache:
@@ -219,7 +199,7 @@ class STMCache:
         Raises:
             `StateError`: if the states are empty, not finite (in `dtype`), or neither float32, float16 nor bfloat16.
         """
-        write_atomically(Path(os.path.realpath(path)), *self._chunks(dtype))
+        write_atomically(Path(os.path.realpath(path)), *encode(self.states, self.turns, self.fingerprint, dtype))
 
     def to_bytes(self, dtype: torch.dtype | None = None) -> bytes:
         """
@@ -230,28 +210,7 @@ class STMCache:
 
         Raises: [`StateError`] as `save` does.
         """
-        return b"".join(self._chunks(dtype))
-
-    def _chunks(self, dtype: torch.dtype | None) -> list[Any]:
-        """Length of the header, header, turns and states."""
-        states, turns = self.states.detach().cpu(), self.turns.cpu()
-        as_int8 = dtype is torch.int8
-        if dtype is not None and not as_int8:
-            states = states.to(dtype)
-        names = {dtype: name for name, dtype in FILE_DTYPES.items()}
-        if states.dtype not in names:
-            raise StateError(f"Cannot save states of {states.dtype}, expected one of {list(names)}.")
-        if states.numel() == 0:
-            raise StateError(f"Cannot save empty states of shape {tuple(states.shape)}.")
-        _check_numbers("Cannot save the memory", states, turns)
-        header = _Header(names[states.dtype], tuple(states.shape), self.fingerprint, as_int8)
-        tensors = (turns, *_to_int8(states)) if as_int8 else (turns, states)
-        body = [tensor.reshape(-1).view(torch.uint8).numpy() for tensor in tensors]
-        header = header.with_checksum(*body)
-        raw = header.to_bytes()
-        if len(raw) > MAX_HEADER_BYTES:
-            raise StateError(f"Cannot save a header of {len(raw)} bytes, limit {MAX_HEADER_BYTES}: long fingerprint.")
-        return [len(raw).to_bytes(8, "little"), raw, *body]
+        return b"".join(encode(self.states, self.turns, self.fingerprint, dtype))
 
     @classmethod
     def load(
@@ -264,7 +223,7 @@ class STMCache:
     ) -> "STMCache":
         """
         Reads a file written by `save`: bit-identical and in its dtype (see `save` for int8). Nothing in the file is
-        executed, and memory is allocated only after the claimed size agrees with the size of the file.
+        executed, and no more memory is taken than a few times the size of the file.
 
         Args:
             path: The file.
@@ -281,8 +240,9 @@ class STMCache:
         if os.path.exists(path) and not os.path.isfile(path):
             raise StateError(f"{path} is not a regular file, expected an STMCache file.")
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            return cls._read(file, size, str(path), model, device, allow_other_weights)
+            start, size = file.read(8), os.fstat(file.fileno()).st_size
+            check_header_length(start, size, str(path))
+            return cls._read(start + file.read(size - 8), str(path), model, device, allow_other_weights)
 
     @classmethod
     def from_bytes(
@@ -304,28 +264,20 @@ class STMCache:
 
         Raises: [`StateError`] as `load` does.
         """
-        return cls._read(io.BytesIO(data), len(data), "The memory", model, device, allow_other_weights)
+        check_header_length(data[:8], len(data), "The memory")
+        return cls._read(bytes(data), "The memory", model, device, allow_other_weights)
 
     @classmethod
-    def _read(
-        cls, file: io.BufferedIOBase, size: int, name: str, model: Any, device: Any, allow_other_weights: bool
-    ) -> "STMCache":
-        header = _read_header(file, size, name)
-        fingerprint = header.fingerprint
+    def _read(cls, content: bytes, name: str, model: Any, device: Any, allow_other_weights: bool) -> "STMCache":
+        states, turns, fingerprint = decode(content, name)
         if model is not None:
-            fingerprint = _check_model(header, model, name, allow_other_weights)
-        body = bytearray(header.num_bytes)
-        _expect(name, "the number of bytes read", file.readinto(body), len(body))
-        _expect(name, "the checksum", header.with_checksum(body).checksum, header.checksum)
-        tensors = {
-            part: torch.frombuffer(body, dtype=STORED_DTYPES[dtype], count=math.prod(shape), offset=start)
-            for part, (dtype, shape, (start, _)) in header.tensors.items()
-        }
-        turns, states = tensors["turns"].clone(), tensors["states"].reshape(header.shape)
-        if header.is_int8:
-            states = states * tensors["scales"].reshape(*header.shape[:3], 1)
-        states = states.to(FILE_DTYPES[header.dtype], copy=True)
-        _check_numbers(f"{name} is refused", states, turns)
+            found, expected = tuple(states.shape[1:]), _memory_shape(model.config)
+            expect(name, "(num_memory_layers, num_memory_slots, hidden_size)", found, expected)
+            own = model.memory_fingerprint()
+            if allow_other_weights:
+                fingerprint = own
+            else:
+                check_fingerprint(name, fingerprint, own)
         return cls(states.to(device), turns, fingerprint)
 
 
@@ -414,75 +366,6 @@ def _memory_shape(config: Any) -> tuple[int, int, int]:
     return config.num_memory_layers, config.num_memory_slots, config.hidden_size
 
 
-class _Header(NamedTuple):
-    """The header of a state file. `to_bytes` is the only spelling that is written and accepted."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    fingerprint: str | None
-    is_int8: bool = False
-    checksum: str = ""
-
-    @property
-    def tensors(self) -> dict[str, tuple[str, tuple[int, ...], tuple[int, int]]]:
-        """Dtype, shape and place of what the file holds."""
-        parts = [("turns", "I64", self.shape[:1]), ("states", self.dtype, self.shape)]
-        if self.is_int8:
-            parts[1:] = [("scales", "F32", self.shape[:3]), ("states", "I8", self.shape)]
-        # big numbers come before smaller ones, which keeps every tensor aligned
-        tensors, start = {}, 0
-        for name, dtype, shape in parts:
-            end = start + math.prod(shape) * STORED_DTYPES[dtype].itemsize
-            tensors[name], start = (dtype, shape, (start, end)), end
-        return tensors
-
-    @property
-    def num_bytes(self) -> int:
-        return self.tensors["states"][2][1]
-
-    def to_bytes(self) -> bytes:
-        version = INT8_FORMAT_VERSION if self.is_int8 else FORMAT_VERSION
-        metadata = {"format": FORMAT, "format_version": version, "checksum": self.checksum}
-        if self.is_int8:
-            metadata["dtype"] = self.dtype
-        if self.fingerprint is not None:
-            metadata["fingerprint"] = self.fingerprint
-        header: dict[str, Any] = {"__metadata__": metadata}
-        for name, (dtype, shape, place) in self.tensors.items():
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": place}
-        raw = json.dumps(header, separators=(",", ":")).encode("ascii")
-        return raw + b" " * (-len(raw) % 8)
-
-    def with_checksum(self, *body: Any) -> "_Header":
-        digest = hashlib.sha256(self._replace(checksum="").to_bytes())
-        for part in body:
-            digest.update(part)
-        return self._replace(checksum=digest.hexdigest())
-
-
-def _expect(path: Any, name: str, found: Any, expected: Any) -> None:
-    if found != expected:
-        raise StateError(f"{path} is refused: {name} is {reprlib.repr(found)}, expected {reprlib.repr(expected)}.")
-
-
-def _to_int8(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales of (batch_size, layers, slots) and codes of the shape of `states`."""
-    states = states.float()
-    scales = states.abs().amax(-1) / 127
-    # cut to 17 bits, which with 7 of a code fit a float32: the next save finds the same scale, and the same codes
-    scales = (scales.view(torch.int32) & -(2**7)).view(torch.float32)
-    # a slot of zeros has the scale 0, and 0 / 0 is no number
-    codes = (states / scales.unsqueeze(-1)).nan_to_num(0.0).round().clamp(-127, 127)
-    return scales, codes.to(torch.int8)
-
-
-def _check_numbers(prefix: str, states: torch.Tensor, turns: torch.Tensor) -> None:
-    if not torch.isfinite(states).all():
-        raise StateError(f"{prefix}: states hold NaN or Inf, expected finite numbers.")
-    if (turns < 0).any():
-        raise StateError(f"{prefix}: turns hold {int(turns.min())}, expected numbers >= 0.")
-
-
 def check_fingerprint(name: str, found: str | None, expected: str) -> None:
     """Raises [`StateError`] if other weights than those of the fingerprint `expected` wrote the memory."""
     if not fingerprints_match(found, expected):
@@ -497,121 +380,6 @@ def _short(fingerprint: str | None) -> str | None:
     if fingerprint is None or len(fingerprint) <= 64:
         return fingerprint
     return hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
-
-
-def _check_model(header: _Header, model: Any, path: str, allow_other_weights: bool) -> str | None:
-    """Returns the fingerprint that the memory has from now on."""
-    expected = _memory_shape(model.config)
-    _expect(path, "(num_memory_layers, num_memory_slots, hidden_size)", tuple(header.shape[1:]), expected)
-    fingerprint = model.memory_fingerprint()
-    if allow_other_weights:
-        return fingerprint
-    check_fingerprint(path, header.fingerprint, fingerprint)
-    return header.fingerprint
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("duplicate keys")
-    return dict(pairs)
-
-
-def _read_header(file: io.BufferedIOBase, size: int, path: str) -> _Header:
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-        limit = f"expected at most {MAX_HEADER_BYTES} and no more than the file holds"
-        raise StateError(f"{path} is refused: its {size} bytes announce a header of {length} bytes, {limit}.")
-    raw = file.read(length)
-    try:
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
-        raise StateError(f"{path} is refused: its header is not the expected JSON ({error}).") from None
-    header = _parse_header(content, path)
-    _expect(path, "the size of the file", size, 8 + length + header.num_bytes)
-    if raw != header.to_bytes():
-        raise StateError(f"{path} is refused: its header says the right things in a way that save never writes.")
-    return header
-
-
-def _parse_header(content: Any, path: str) -> _Header:
-    metadata: Any = content.get("__metadata__") if isinstance(content, dict) else None
-    _expect(path, "the type of its metadata", type(metadata), dict)
-    _expect(path, "the format", metadata.get("format"), FORMAT)
-    is_int8 = "scales" in content
-    version, names = FORMAT_VERSION, ["states", "turns"]
-    if is_int8:
-        version, names = INT8_FORMAT_VERSION, ["scales", *names]
-    _expect(path, "the format version (update rxt_hf if newer)", metadata.get("format_version"), version)
-    _expect(path, "the list of tensors", sorted(content.keys() - {"__metadata__"}), names)
-    _expect(path, "the type of the tensors' descriptions", {type(content[name]) for name in names}, {dict})
-    shape, fingerprint = content["states"].get("shape"), metadata.get("fingerprint")
-    dtype = metadata.get("dtype") if is_int8 else content["states"].get("dtype")
-    if not (isinstance(dtype, str) and dtype in FILE_DTYPES):
-        raise StateError(f"{path} is refused: states have dtype {reprlib.repr(dtype)}, expected {list(FILE_DTYPES)}.")
-    if not (isinstance(shape, list) and len(shape) == 4 and all(type(n) is int and n > 0 for n in shape)):
-        raise StateError(f"{path} is refused: states have shape {reprlib.repr(shape)}, expected four numbers > 0.")
-    if not (fingerprint is None or isinstance(fingerprint, str)):
-        raise StateError(f"{path} is refused: the fingerprint is {reprlib.repr(fingerprint)}, expected a string.")
-    header = _Header(dtype, tuple(shape), fingerprint, is_int8, str(metadata.get("checksum")))
-    for name, (kind, expected, place) in header.tensors.items():
-        found = content[name]
-        _expect(path, f"[dtype, shape] of {name}", [found.get("dtype"), found.get("shape")], [kind, list(expected)])
-        _expect(path, f"the place of {name}", found.get("data_offsets"), list(place))
-    return header
-
-
-def write_atomically(target: Path, *chunks: Any) -> None:
-    # One fixed name per target: what a killed save left is overwritten by the next one, without a search.
-    temporary = target.with_name(f".{target.name}.tmp")
-    with _only_writer(temporary):
-        try:
-            with open(temporary, "wb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-                file.flush()
-                os.fsync(file.fileno())
-            with contextlib.suppress(FileNotFoundError):
-                shutil.copymode(target, temporary)
-            os.replace(temporary, target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-    _sync_folder(target.parent)
-
-
-@contextlib.contextmanager
-def _only_writer(temporary: Path) -> Generator[None, None, None]:
-    """Lets one save at a time write `temporary`; the lock ends with its process, even a killed one."""
-    if fcntl is None:
-        yield
-        return
-    while True:
-        with open(temporary, "ab") as file:
-            # some network file systems have no locks: a single writer needs none
-            with contextlib.suppress(OSError):
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # the writer before us renamed or removed the file that we waited for: open its successor
-            if _is_at(file, temporary):
-                yield
-                return
-
-
-def _is_at(file: Any, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _sync_folder(folder: Path) -> None:
-    # Makes the rename survive a power cut; not every system can do it, and the file is whole either way.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _flatten(cache: STMCache) -> tuple[list[torch.Tensor], str | None]:

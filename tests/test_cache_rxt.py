@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch.utils import _pytree
 
-from rxt_hf import cache_rxt
+from rxt_hf import cache_rxt, memory_file_rxt
 from rxt_hf.cache_rxt import StateError, STMCache, as_stm_cache
 
 
@@ -482,6 +482,8 @@ def one_slot_file(tmp_path, request):
     return path
 
 
+# what safetensors refuses, and what it reads in other ways than we write
+UNREADABLE, SPELLING = "safetensors cannot read it", "way that save never writes"
 each_kind_of_file = pytest.mark.parametrize("one_slot_file", [None, torch.int8], indirect=True)
 int8_file = pytest.mark.parametrize("one_slot_file", [torch.int8], indirect=True)
 
@@ -503,7 +505,7 @@ def refuse(path, content, words=None):
 def test_a_file_cut_at_any_byte_is_refused(one_slot_file):
     whole = one_slot_file.read_bytes()
     seconds = [refuse(one_slot_file, whole[:length]) for length in range(len(whole))]
-    seconds.append(refuse(one_slot_file, whole + b"\0", "size"))
+    seconds.append(refuse(one_slot_file, whole + b"\0", UNREADABLE))
     assert sorted(seconds)[len(seconds) // 2] < 0.05
 
 
@@ -559,42 +561,42 @@ def change(header, *keys_and_value):
 @pytest.mark.parametrize(
     "place, words",
     [
-        (("states", "data_offsets", [0, 40]), "place of states"),
-        (("states", "data_offsets", [16, 48]), "place of states"),
-        (("states", "data_offsets", [8, 2**64]), "place of states"),
-        (("states", "data_offsets", None), "place of states"),
-        (("turns", "data_offsets", [8, 0]), "place of turns"),
-        (("turns", "data_offsets", [False, 8.0]), "way that save never writes"),
-        (("turns", "dtype", "F64"), "'F64'.*expected.*'I64'"),
-        (("turns", "shape", [2]), r"turns.*\[2\]"),
-        (("states", "shape", [1, 2**40, 2**40, 2**40]), "place of states"),
-        (("states", "shape", [2**62, 4, 1, 1]), "turns"),
-        (("states", "shape", [1, 1, 1, 16]), "place of states"),
-        (("states", "shape", [1, 1, 1, -8]), "shape"),
+        (("states", "data_offsets", [0, 40]), UNREADABLE),
+        (("states", "data_offsets", [16, 48]), UNREADABLE),
+        (("states", "data_offsets", [8, 2**64]), UNREADABLE),
+        (("states", "data_offsets", None), UNREADABLE),
+        (("turns", "data_offsets", [8, 0]), UNREADABLE),
+        (("turns", "data_offsets", [False, 8.0]), UNREADABLE),
+        (("turns", "dtype", "F64"), SPELLING),
+        (("turns", "shape", [2]), UNREADABLE),
+        (("states", "shape", [1, 2**40, 2**40, 2**40]), UNREADABLE),
+        (("states", "shape", [2**62, 4, 1, 1]), UNREADABLE),
+        (("states", "shape", [1, 1, 1, 16]), UNREADABLE),
+        (("states", "shape", [1, 1, 1, -8]), UNREADABLE),
         (("states", "shape", [1, 0, 2**62, 2**62]), "shape"),
-        (("states", "shape", [1, 1, 1, 8.0]), "shape"),
-        (("states", "shape", [1, 1, True, 8]), "shape"),
+        (("states", "shape", [1, 1, 1, 8.0]), UNREADABLE),
+        (("states", "shape", [1, 1, True, 8]), UNREADABLE),
         (("states", "shape", [1, 1, 8]), "shape"),
-        (("states", "shape", "1118"), "shape"),
-        (("states", "dtype", "F64"), "dtype 'F64', expected"),
+        (("states", "shape", "1118"), UNREADABLE),
+        (("states", "dtype", "F64"), UNREADABLE),
         (("states", "dtype", "I32"), "dtype 'I32', expected"),
-        (("states", "dtype", ["F32"]), "dtype"),
-        (("states", "dtype", "F16"), "place of states"),
-        (("states", None), r"\['turns'\], expected \['states', 'turns'\]"),
-        (("turns", None), r"\['states'\], expected"),
+        (("states", "dtype", ["F32"]), UNREADABLE),
+        (("states", "dtype", "F16"), UNREADABLE),
+        (("states", None), UNREADABLE),
+        (("turns", None), UNREADABLE),
         (("more", {"dtype": "F32", "shape": [0], "data_offsets": [40, 40]}), "'more'"),
-        (("states", []), "descriptions"),
+        (("states", []), UNREADABLE),
         (("__metadata__", None), "metadata"),
         (("__metadata__", "format", "pt"), "'pt', expected 'rxt_hf.STMCache'"),
         (("__metadata__", "format_version", "2"), "newer.*'2', expected '1'"),
         (("__metadata__", "format_version", None), "version"),
         (("__metadata__", "checksum", "0" * 64), "checksum"),
-        (("__metadata__", "checksum", None), "way that save never writes"),
+        (("__metadata__", "checksum", None), SPELLING),
         (("__metadata__", "fingerprint", "model-b"), "checksum"),
-        (("__metadata__", "fingerprint", 5), "fingerprint is 5"),
-        (("__metadata__", "author", "me"), "way that save never writes"),
-        (("__metadata__", "dtype", "F32"), "way that save never writes"),
-        (("states", "dtype", "I8"), "dtype 'I8', expected"),
+        (("__metadata__", "fingerprint", 5), UNREADABLE),
+        (("__metadata__", "author", "me"), SPELLING),
+        (("__metadata__", "dtype", "F32"), SPELLING),
+        (("states", "dtype", "I8"), UNREADABLE),
     ],
 )
 def test_a_header_that_says_another_thing_is_refused(one_slot_file, place, words):
@@ -606,25 +608,25 @@ def test_a_header_that_says_another_thing_is_refused(one_slot_file, place, words
 @pytest.mark.parametrize(
     "place, words",
     [
-        (("scales", "data_offsets", [8, 16]), "place of scales"),
-        (("scales", "data_offsets", [12, 16]), "place of scales"),
-        (("states", "data_offsets", [8, 16]), "place of states"),
-        (("states", "data_offsets", [12, 2**64]), "place of states"),
-        (("scales", "dtype", "F64"), "scales.*'F64'.*expected.*'F32'"),
-        (("states", "dtype", "U8"), "states.*'U8'.*expected.*'I8'"),
-        (("states", "dtype", "F32"), "states.*'F32'.*expected.*'I8'"),
-        (("scales", "shape", [1, 1, 2]), r"scales.*\[1, 1, 2\]"),
-        (("scales", "shape", None), "scales.*None"),
-        (("states", "shape", [1, 1, 1, 16]), "place of states"),
-        (("states", "shape", [1, 2**40, 2**40, 2**40]), "scales"),
-        (("states", "shape", [1, 1, 1, -8]), "shape"),
-        (("scales", None), "'2', expected '1'"),
-        (("states", None), r"\['scales', 'turns'\], expected \['scales', 'states', 'turns'\]"),
-        (("scales", []), "descriptions"),
+        (("scales", "data_offsets", [8, 16]), UNREADABLE),
+        (("scales", "data_offsets", [12, 16]), UNREADABLE),
+        (("states", "data_offsets", [8, 16]), UNREADABLE),
+        (("states", "data_offsets", [12, 2**64]), UNREADABLE),
+        (("scales", "dtype", "F64"), UNREADABLE),
+        (("states", "dtype", "U8"), SPELLING),
+        (("states", "dtype", "F32"), UNREADABLE),
+        (("scales", "shape", [1, 1, 2]), UNREADABLE),
+        (("scales", "shape", None), UNREADABLE),
+        (("states", "shape", [1, 1, 1, 16]), UNREADABLE),
+        (("states", "shape", [1, 2**40, 2**40, 2**40]), UNREADABLE),
+        (("states", "shape", [1, 1, 1, -8]), UNREADABLE),
+        (("scales", None), UNREADABLE),
+        (("states", None), UNREADABLE),
+        (("scales", []), UNREADABLE),
         (("__metadata__", "format_version", "1"), "'1', expected '2'"),
         (("__metadata__", "format_version", "3"), "newer.*'3', expected '2'"),
         (("__metadata__", "dtype", "I8"), "dtype 'I8', expected"),
-        (("__metadata__", "dtype", ["F32"]), "dtype"),
+        (("__metadata__", "dtype", ["F32"]), UNREADABLE),
         (("__metadata__", "dtype", None), "dtype None, expected"),
         (("__metadata__", "dtype", "BF16"), "checksum"),
         (("__metadata__", "checksum", "0" * 64), "checksum"),
@@ -649,7 +651,7 @@ def test_an_int8_file_with_a_right_checksum_but_no_finite_numbers_is_refused(tmp
     scales[1, 0, 2] = number
     codes = torch.full((3, 2, 4, 8), 2, dtype=torch.int8)
     with monkeypatch.context() as patch:
-        patch.setattr(cache_rxt, "_to_int8", lambda _: (scales, codes))
+        patch.setattr(memory_file_rxt, "_to_int8", lambda _: (scales, codes))
         random_cache().save(tmp_path / "state", dtype=torch.int8)
     with pytest.raises(StateError, match="NaN or Inf, expected finite"):
         STMCache.load(tmp_path / "state")
@@ -660,7 +662,7 @@ def test_an_int8_file_with_a_right_checksum_but_no_finite_numbers_is_refused(tmp
     [
         (b"[" * 4096, "JSON"),
         (b'{"a":' * 800, "JSON"),
-        (b'{"__metadata__":{"format":"rxt_hf.STMCache","format":"rxt_hf.STMCache"}}', "duplicate"),
+        (b'{"__metadata__":{"format":"rxt_hf.STMCache","format":"rxt_hf.STMCache"}}', "format version"),
         (b'{"__metadata__":NaN}', "metadata"),
         (b"[]", "metadata"),
         (b"\xff\xfe", "JSON"),
@@ -676,15 +678,15 @@ def test_a_header_that_is_no_such_json_is_refused(tmp_path, header, words):
 @each_kind_of_file
 def test_the_same_header_spelt_otherwise_is_refused(one_slot_file):
     header, body = header_of(one_slot_file.read_bytes())
-    refuse(one_slot_file, file_of(json.dumps(header).encode(), body), "way that save never writes")
+    refuse(one_slot_file, file_of(json.dumps(header).encode(), body), SPELLING)
 
 
 @each_kind_of_file
 def test_a_body_with_more_or_fewer_bytes_is_refused(one_slot_file):
     content = one_slot_file.read_bytes()
     _, body = header_of(content)
-    refuse(one_slot_file, content[: -len(body)] + b"\0" * 8 + body, "size")
-    refuse(one_slot_file, content[:-8], "size")
+    refuse(one_slot_file, content[: -len(body)] + b"\0" * 8 + body, UNREADABLE)
+    refuse(one_slot_file, content[:-8], UNREADABLE)
 
 
 def test_files_of_others_are_refused(tmp_path):
@@ -700,7 +702,7 @@ def test_a_file_with_a_right_checksum_but_no_finite_numbers_is_refused(tmp_path,
     cache = random_cache()
     cache.states[1, 0, 2, 3] = number
     with monkeypatch.context() as patch:
-        patch.setattr(cache_rxt, "_check_numbers", lambda *_: None)
+        patch.setattr(memory_file_rxt, "_check_numbers", lambda *_: None)
         cache.save(tmp_path / "state")
     with pytest.raises(StateError, match="NaN or Inf, expected finite"):
         STMCache.load(tmp_path / "state")
@@ -782,7 +784,7 @@ def test_a_save_keeps_the_permissions_and_the_link(tmp_path):
     assert_same(STMCache.load(path), random_cache(seed=1))
 
 
-@pytest.mark.skipif(cache_rxt.fcntl is None, reason="concurrent saves to one path need fcntl")
+@pytest.mark.skipif(memory_file_rxt.fcntl is None, reason="concurrent saves to one path need fcntl")
 def test_threads_may_save_to_one_path(tmp_path):
     path, caches = tmp_path / "state", [random_cache(seed=seed) for seed in range(4)]
 

@@ -31,6 +31,7 @@ CODE_NAMES = (
     "layers",
     "losses",
     "memory",
+    "memory_file",
     "modeling",
 )
 CODE = {f"{name}_rxt.py" for name in CODE_NAMES}

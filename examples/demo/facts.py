@@ -1129,7 +1129,8 @@ class DialogueWriter:
         if rng.random() < 0.25:
             text = _joined(_pick(rng, _CASUAL_PREFIXES), text)
         query, kept = self.query(text, *values), len(values) == len(facts)
-        answer = self.acknowledge(facts, _REPEATS, _PLAIN_ACKS if kept else ())
+        # the answer says apart what the sentence says at once
+        answer = self.acknowledge(facts, _REPEATS, ())
         also = [(fact.attribute.name, fact.value) for fact in facts[1:]]
         return self.turn_of(query, answer if kept else f"{answer} {FOREIGN_ANSWERS[2]}", "state", facts[0], also=also)
 
@@ -1185,7 +1186,7 @@ class DialogueWriter:
     def tell_foreign(self) -> Interaction:
         """What no attribute is about is told or asked for, or then an attribute like it, which must be as before."""
         rng, style = self.rng, self.rng.random()
-        if style < 0.5 or not self.foreign:
+        if style < 0.4 or not self.foreign:
             told = [self.foreign_statement() for _ in range(1 + (rng.random() < 0.1))]
             phrases = [phrase for phrase, _ in told]
             template = phrases[0] if len(told) == 1 else self.framed(phrases, int(self.split != "train"))

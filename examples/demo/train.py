@@ -147,7 +147,7 @@ class FactDialogues(Dataset):
         choices = next(turns for share, turns in CURRICULUM if progress < share or share == 1.0)
         turns = choices[step % len(choices)]
         # statements of several facts are long: they come together, so that other steps are not padded to their length
-        every = 3 if self.mix["p_introduction"] else 6
+        every = 2 if self.mix["p_introduction"] else 6
         is_long = (step if progress < SECOND_FALL_FROM else step // len(choices)) % every == 0
         mix: dict[str, Any] = self.mix | ({"p_two": 0.35} if is_long else {"p_two": 0.0, "p_introduction": 0.0})
         if progress >= OPEN_FROM and step % 5 in (1, 3):
@@ -163,17 +163,18 @@ class FactDialogues(Dataset):
                     f"vocabulary of {len(self.tokenizer)}: use a larger one, 1024 or more."
                 )
             if is_long or max(map(len, episode["labels"])) <= MAX_TURN_TOKENS:
-                episodes.append(episode | {"labels": self._labels(episode["labels"], dialogue["interactions"], seed)})
+                # the answer to an introduction says its facts apart, which is to be learned
+                share = 1.0 if mix["p_introduction"] else LABELLED_SHARE
+                labels = self._labels(episode["labels"], dialogue["interactions"], seed, share)
+                episodes.append(episode | {"labels": labels})
         return list(arranged(episodes, self.arm))
 
     @staticmethod
-    def _labels(labels: list[list[int]], interactions: list[Interaction], seed: int) -> list[list[int]]:
+    def _labels(labels: list[list[int]], interactions: list[Interaction], seed: int, share: float) -> list[list[int]]:
         """Every answer to a question counts, and a share of the others, whose wording is mostly chance."""
         rng = random.Random(seed)
         return [
-            row
-            if turn["kind"] in ("ask", "unknown", "foreign") or rng.random() < LABELLED_SHARE
-            else [-100] * len(row)
+            row if turn["kind"] in ("ask", "unknown", "foreign") or rng.random() < share else [-100] * len(row)
             for row, turn in zip(labels, interactions, strict=True)
         ]
 

@@ -23,26 +23,52 @@ AutoModelForPreTraining.register(RxTConfig, RxTForPreTraining, exist_ok=True)
 # applications, conversion and the like are imported at their first use; who only loads a model does not pay
 PLACES = {
     "Episodes": "data.readers",
+    "PreferenceArguments": "training.preference",
+    "PreferenceTrainer": "training.preference",
+    "ReinforcementArguments": "training.reinforcement",
+    "ReinforcementTrainer": "training.reinforcement",
     "RxTEpisodeCollator": "data.collator",
+    "RxTPreTrainingCollator": "data.collator",
     "RxTSession": "session",
+    "add_control_tokens": "chat_template",
+    "convert_tokenizer": "convert",
+    "encode_interactions": "chat_template",
+    "export": "hub",
+    "from_llm": "convert",
+    "from_rxlm": "convert",
     "read_episodes": "data.readers",
     "send_batch": "session",
+    "set_training_stage": "training.stages",
+    "train_tokenizer": "chat_template",
 }
 __all__ = [
     "DEMO",
     "Episodes",
+    "PreferenceArguments",
+    "PreferenceTrainer",
+    "ReinforcementArguments",
+    "ReinforcementTrainer",
     "RxTConfig",
     "RxTEpisodeCollator",
     "RxTForCausalLM",
     "RxTForPreTraining",
     "RxTModel",
     "RxTPreTrainedModel",
+    "RxTPreTrainingCollator",
     "RxTSession",
     "STMCache",
     "StateError",
     "__version__",
+    "add_control_tokens",
+    "convert_tokenizer",
+    "encode_interactions",
+    "export",
+    "from_llm",
+    "from_rxlm",
     "read_episodes",
     "send_batch",
+    "set_training_stage",
+    "train_tokenizer",
 ]
 
 
@@ -52,3 +78,7 @@ def __getattr__(name: str):
     if name in ("chat_template", "convert", "graphs", "hub", "presets", "session"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -30,85 +30,7 @@ PATENT_NOTICE = """\
 The Reactive Transformer architecture is the subject of a pending patent application (P.453260, Reactive AI). The code
 that reads these files is an independent implementation from the papers arXiv:2510.03561 and arXiv:2510.01817; it is
 not affiliated with or endorsed by Reactive AI, and its licence grants nothing in respect of third parties' patents."""
-CARD = """---
-{{ card_data }}
----
-
-# {{ name }}
-
-A Reactive Transformer of {{ millions }} million parameters \
-{%- if base_model %}, made from {{ base_model }}{% endif %}. It reads one interaction at a time: what earlier turns
-left behind is in a memory of {{ config.num_memory_layers }} layers of {{ config.num_memory_slots }} vectors of
-{{ config.hidden_size }}, whose size never grows.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{{ name }}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{{ name }}")
-
-memory = model.init_stm(batch_size=1)
-for text in ["My dog is called Rex.", "What is my dog called?"]:
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    out = model.generate(**inputs, stm_cache=memory, max_new_tokens=32)
-    memory = out.stm_cache  # what the next turn reads
-    print(tokenizer.decode(out.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-
-## Training data
-
-{{ data or ("" if datasets else "Whoever made this card did not say what the model was trained on.") }}
-{%- for dataset in datasets %}
-- {{ dataset }}
-{%- endfor %}
-
-## Results
-{% if results %}
-| measured | on | value |
-|---|---|---|
-{%- for result in results %}
-| {{ result.metric_name or result.metric_type }} | {{ result.dataset_name }}\
-{%- if result.dataset_split %}, {{ result.dataset_split }}{% endif %} | {{ result.metric_value }} |
-{%- endfor %}
-{% else %}
-None were given with this card.
-{% endif %}
-## Licence and patent notice
-
-The code in this folder is under Apache-2.0; the licence of the weights is `{{ license_name or license }}`.
-{{ licence_notice }}
-
-{{ patent_notice }}
-"""
-MEMORY_CARD = """---
-{{ card_data }}
----
-
-# {{ name }}
-
-{{ description }}
-
-This is no model: it is the memory of a Reactive Transformer after {{ turns }} interactions, {{ shape }}, in one file.
-Only the model that wrote it can read it: {{ base_model }}.
-
-```python
-from rxt_hf import RxTSession
-from rxt_hf.hub import load_memory
-
-memory = load_memory("{{ name }}", model)
-chat = RxTSession(model, tokenizer, stm_cache=memory)
-```
-
-A memory holds what was said to the model, in a form that nobody can read: treat it as you would treat the text.
-
-## Licence and patent notice
-
-The licence of this file is `{{ license }}`.
-
-{{ patent_notice }}
-"""
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def export(
@@ -203,7 +125,7 @@ def model_card(
     return str(
         ModelCard.from_template(
             header,
-            template_str=CARD,
+            template_path=str(TEMPLATES / "model_card.jinja"),
             name=name,
             millions=f"{model.num_parameters() / 1e6:.1f}",
             config=model.config,
@@ -248,7 +170,7 @@ def export_memory(
     layers, slots, width = stm_cache.states.shape[1:]
     card = ModelCard.from_template(
         ModelCardData(base_model=base_model, license=license, library_name="rxt_hf", tags=["rxt", "rxt-memory"]),
-        template_str=MEMORY_CARD,
+        template_path=str(TEMPLATES / "memory_card.jinja"),
         name=push_to_hub or folder.name,
         description=description,
         turns=", ".join(map(str, stm_cache.turns.tolist())),

@@ -25,7 +25,7 @@ HUB_LINE = {
     "modeling_rxt",
 }
 HUB_DEPENDENCIES = {"torch", "transformers", "safetensors", "huggingface_hub"}
-DEPENDENCIES = HUB_DEPENDENCIES | {"tokenizers", "jinja2", "typer", "rich"}
+DEPENDENCIES = HUB_DEPENDENCIES | {"tokenizers", "jinja2", "markupsafe", "typer", "rich"}
 
 # Room -> the rooms right below it; what these may import, it may import too.
 BELOW: dict[str, set[str]] = {

@@ -108,6 +108,11 @@ def test_import_costs_less_than_1_3_times_the_import_of_a_model_of_transformers(
     assert statistics.median(ours) < 1.3 * statistics.median(theirs)
 
 
+def test_every_public_name_is_found_where_it_is_said_to_be():
+    assert all(getattr(rxt_hf, name) is not None for name in rxt_hf.__all__)
+    assert set(rxt_hf.PLACES) < set(rxt_hf.__all__) == set(dir(rxt_hf))
+
+
 @pytest.mark.parametrize(
     "name", ["RxTSession", "convert.from_llm", "convert.from_rxlm", "hub.export", "presets.PRESETS", "DEMO"]
 )

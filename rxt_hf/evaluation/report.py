@@ -4,8 +4,11 @@ escaped."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from html import escape
+from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup, escape
 
 MAPS = {
     "change": "Written: relative change of each slot",
@@ -15,16 +18,13 @@ MAPS = {
     "norm": "Norm of each slot",
 }
 COLOURS = ("#1f6feb", "#d1690e", "#2a9d4e", "#b3348a", "#6b5bd6", "#7a6a52")
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; color: #1c2430 }
-table { border-collapse: collapse; margin: .6em 0 1.4em }
-td, th { padding: .15em .7em; border-bottom: 1px solid #d8dee6; text-align: right }
-td:first-child, th:first-child, .said td, .said th { text-align: left }
-figure { display: inline-block; margin: .5em 1em; vertical-align: top }
-figcaption { font-size: 13px; color: #52606f }
-.alarm { color: #b00020 }
-svg text { font-size: 11px; fill: #52606f }
-"""
+# its variables are escaped, but for charts, which escape their own text
+PAGE = Environment(
+    loader=FileSystemLoader(Path(__file__).parents[1] / "templates"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+).get_template("report.jinja")
 
 
 def shown(value: float | None) -> str:
@@ -139,19 +139,10 @@ def _shade(level: int) -> str:
 def figure(title: str, size: tuple[float, float], body: str) -> str:
     width, height = size
     picture = f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}">{body}</svg>'
-    return f"<figure>{picture}<figcaption>{escape(title)}</figcaption></figure>"
+    return Markup(f"<figure>{picture}<figcaption>{escape(title)}</figcaption></figure>")
 
 
-def html_table(rows: Sequence[Sequence[str]], kind: str = "") -> str:
-    """The first row is the head."""
-    lines = []
-    for number, row in enumerate(rows):
-        cell = "td" if number else "th"
-        lines.append("".join(f"<{cell}>{escape(text)}</{cell}>" for text in row))
-    return f'<table class="{kind}">{"".join(f"<tr>{line}</tr>" for line in lines)}</table>'
-
-
-def _charts(found: Mapping[str, Any]) -> str:
+def _charts(found: Mapping[str, Any]) -> list[str]:
     charts = []
     for title, x_title, part in (
         ("Perplexity of true answers", "turn", found["answer_perplexity"]),
@@ -167,28 +158,27 @@ def _charts(found: Mapping[str, Any]) -> str:
             for memory, figures in part.items()
         }
         charts.append(line_chart(title, series, x_title))
-    return "".join(charts)
+    return charts
 
 
-def _inside(number: int, inside: Mapping[str, Any]) -> str:
+def _inside(inside: Mapping[str, Any]) -> tuple[list[list[str]], list[str]]:
     """A dialogue, and for each layer of its memory maps with a row for each turn and a column for each slot."""
-    said = [
+    said = [["turn", "instruction", "query", "answer"]] + [
         [str(turn), *(str(each.get(name) or "") for name in ("instruction", "query", "answer"))]
         for turn, each in enumerate(inside["turns"], 1)
     ]
     maps = {title: inside[name] for name, title in MAPS.items()}
     maps |= {f"{kind}: weight of the update": values for kind, values in inside["gates"].items()}
-    blocks = [html_table([["turn", "instruction", "query", "answer"], *said], "said")]
+    charts = []
     for title, turns in maps.items():
         for layer in range(len(turns[0])):
-            blocks.append(heatmap(f"{title}, layer {layer}", [turn[layer] for turn in turns]))
+            charts.append(heatmap(f"{title}, layer {layer}", [turn[layer] for turn in turns]))
     ranks = inside["effective_rank"]
     series = {
         f"layer {layer}": {str(turn): None if row is None else row[layer] for turn, row in enumerate(ranks, 1)}
         for layer in range(len(inside["change"][0]))
     }
-    blocks.append(line_chart("Effective rank of the slots", series, "turn"))
-    return f"<h3>Dialogue {number}</h3>{''.join(blocks)}"
+    return said, [*charts, line_chart("Effective rank of the slots", series, "turn")]
 
 
 def page(report: Mapping[str, Any]) -> str:
@@ -199,21 +189,14 @@ def page(report: Mapping[str, Any]) -> str:
         "parameters": f"{report['parameters']:,}",
         "memory": f"{layers} layers of {slots} slots of {width}",
     }
-    parts = [
-        "<h1>What the memory holds</h1>",
-        html_table([["", ""], *([str(name), str(value)] for name, value in facts.items())], "said"),
-        "<p>own: the dialogue's own memory. cleared: the initial memory at every turn. shuffled: another dialogue's "
-        "memory. Figures are on the same tokens and questions under each.</p>",
+    sources = [
+        found
+        | {
+            "name": source,
+            "charts": _charts(found),
+            "tables": tables(report, source),
+            "inside": [_inside(inside) for inside in found["inside"]],
+        }
+        for source, found in report["sources"].items()
     ]
-    for source, found in report["sources"].items():
-        parts.append(f"<h2>{escape(source)}</h2><p>{found['dialogues']} dialogues, {found['turns']} turns</p>")
-        parts += [f'<p class="alarm">{escape(alarm)}</p>' for alarm in found["alarms"]]
-        parts.append(_charts(found))
-        parts += [f"<h3>{escape(title)}</h3>{html_table(rows)}" for title, rows in tables(report, source)]
-        if found["inside"]:
-            parts.append("<h2>Inside the memory</h2><p>Rows are turns, columns are slots.</p>")
-        parts += [_inside(number, inside) for number, inside in enumerate(found["inside"], 1)]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>rxt eval</title>'
-        f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+    return PAGE.render(facts=[["", ""], *facts.items()], sources=sources)

@@ -108,7 +108,9 @@ class RxTEpisodeMixin:
                 encoded = encoded_by_turn[turn]
             else:
                 mask = None if attention_mask is None else attention_mask[:, turn]
-                encoded = self.encode(inputs_embeds[:, turn], mask, states)
+                width = real_width(mask)
+                mask, turn_mask = (None if each is None else each[:, :width] for each in (mask, turn_mask))
+                encoded = self.encode(inputs_embeds[:, turn, :width], mask, states)
             states = self._write(self._carried(states, turn), encoded, turn_mask)
         return torch.stack(read, dim=1), states
 
@@ -255,6 +257,16 @@ def by_turn(encoded, turns):
     """Splits encoded interactions of (batch_size * turns) rows, by layer, into those of each turn."""
     split = [[part.unflatten(0, (-1, turns)).unbind(1) for part in layer] for layer in encoded]
     return [[tuple(part[turn] for part in layer) for layer in split] for turn in range(turns)]
+
+
+def real_width(mask: torch.Tensor | None) -> int | None:
+    """
+    Returns how many columns of a mask of (batch_size, tokens) hold all its real tokens, at least one; None for no
+    mask, and where shapes must not follow from data. Most turns are far shorter than the longest of an episode.
+    """
+    if mask is None or torch.compiler.is_compiling():
+        return None
+    return int((mask.bool().any(0) * torch.arange(1, mask.shape[1] + 1, device=mask.device)).max().clamp(min=1))
 
 
 @contextlib.contextmanager

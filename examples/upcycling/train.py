@@ -145,8 +145,7 @@ def tell(
     is_training = model.training
     model.eval()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        states = inner.initial_states(len(ids)).float()
-        read, _ = inner.read_states(inner.embed(ids), mask, mask, states)
+        read, _ = inner.read_states(inner.embed(ids), mask, mask, inner.initial_states(len(ids)).float())
     model.train(is_training)
     return read, places
 

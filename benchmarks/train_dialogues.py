@@ -9,7 +9,6 @@ runs to the end, or resumes from the last checkpoint in `out`. Data are folders 
 the same order, cut at the same interactions, with the same labels: every answer. `benchmarks/dialogues.py` measures.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -28,6 +27,7 @@ from rxt_hf.configuration_rxt import RxTConfig
 from rxt_hf.data.batching import StepCollator, endless_batches
 from rxt_hf.data.readers import Episodes, cut_episode, said, sampled
 from rxt_hf.presets import PRESETS
+from rxt_hf.training.arguments import BudgetArguments, DataArguments, ModelArguments
 from rxt_hf.training.loop import CpuBudget, parse, train
 
 # (share of the run, turns that dialogues are cut to): short ones first, so that writing and reading find each other
@@ -38,36 +38,27 @@ RECIPE: dict[str, Any] = FACT_RECIPE | {
     "max_steps": 1500,
     "warmup_steps": 100,
     "learning_rate": 2e-3,
+    "tokens": 64,
+    "max_batch_tokens": 3072,
+    "vocab_size": 4096,
     # asked for by name, or bf16 is refused
     "use_cpu": not torch.accelerator.is_available(),
 }
 
 
 @dataclass
-class DialogueArguments:
+class DialogueArguments(ModelArguments, DataArguments, BudgetArguments):
     """What the recipe adds to `TrainingArguments`."""
 
-    data: list[str] = field(metadata={"help": "Folders with the split train."})
     arm: Arm = field(default="rxt", metadata={"help": "Model to train: rxt, or a baseline of demo.baselines."})
-    tokens: int = field(
-        default=64, metadata={"help": "Longest interaction in tokens; a dialogue is cut before a longer one."}
-    )
-    tokens_per_step: int = field(default=3072, metadata={"help": "Most padded tokens of a step, over all turns."})
     facts: int = field(
         default=0,
         metadata={"help": "If > 0, every second step trains on generated facts with this many turns in all."},
     )
-    dialogues: int | None = field(default=None, metadata={"help": "Dialogues sampled per folder (default: all)."})
-    skip_bad_rows: bool = field(default=False, metadata={"help": "Leave out rows that cannot be read."})
-    vocab_size: int = field(default=4096, metadata={"help": "Vocabulary size of the tokenizer."})
-    preset: str = field(default="tiny", metadata={"help": "Size of the model, a name of rxt_hf.presets.PRESETS."})
-    override: str = field(default="", metadata={"help": "JSON object of configuration fields."})
-    start_from: str | None = field(
-        default=None, metadata={"help": "Folder of the run whose model is trained further."}
-    )
-    cpu_seconds: float | None = field(
-        default=None, metadata={"help": "Budget of the run in CPU seconds (default: none)."}
-    )
+
+    def __post_init__(self) -> None:
+        ModelArguments.__post_init__(self)
+        DataArguments.__post_init__(self)
 
 
 def with_probes(dialogue: Mapping[str, Any], max_turns: int) -> dict[str, Any]:
@@ -87,7 +78,7 @@ class DialogueSteps(Dataset):
         *,
         arm: str = "rxt",
         tokens: int = 64,
-        tokens_per_step: int = 3072,
+        max_batch_tokens: int = 3072,
         facts: int = 0,
     ):
         self.arm = arm
@@ -96,7 +87,7 @@ class DialogueSteps(Dataset):
         for share, turns in CURRICULUM:
             cut = (with_probes(dialogue, turns) for dialogue in dialogues)
             episodes = Episodes(tokenizer, cut, max_tokens=tokens)
-            batches = endless_batches(episodes, tokens_per_step)
+            batches = endless_batches(episodes, max_batch_tokens)
             self.steps += [(episodes, batch) for batch in islice(batches, round(share * steps) - len(self.steps))]
 
     def __len__(self) -> int:
@@ -117,23 +108,24 @@ def texts(dialogues: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> None:
     options, args = parse(DialogueArguments, RECIPE, argv)
+    options.check_data()
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     each = (sampled(path, "train", options.dialogues, skip_bad_rows=options.skip_bad_rows) for path in options.data)
     dialogues = list(chain.from_iterable(each))
-    if options.start_from is not None:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.start_from)
+    if options.model is not None:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(options.model)
     else:
         tokenizer = train_tokenizer(texts(dialogues), vocab_size=options.vocab_size, max_length=256)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(args.seed)
-    if options.start_from is not None:
-        model = AutoModelForCausalLM.from_pretrained(options.start_from, dtype=torch.float32)
+    if options.model is not None:
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     else:
-        settings: dict[str, Any] = {**PRESETS[options.preset], **json.loads(options.override or "{}")}
+        settings: dict[str, Any] = {**PRESETS[options.preset], **options.config_fields}
         settings["vocab_size"] = len(tokenizer)
         model = build_model(options.arm, RxTConfig(**settings))
-    choices: dict[str, Any] = {name: getattr(options, name) for name in ("arm", "tokens", "tokens_per_step", "facts")}
+    choices: dict[str, Any] = {name: getattr(options, name) for name in ("arm", "tokens", "max_batch_tokens", "facts")}
     data = DialogueSteps(tokenizer, dialogues, args.max_steps, **choices)
     train(model, args, data, StepCollator(tokenizer.pad_token_id), CpuBudget(folder, options.cpu_seconds))
 

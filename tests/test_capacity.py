@@ -42,7 +42,7 @@ def test_capacity_is_the_most_bits_of_all_lengths(capacity):
 def test_a_model_of_each_shape_is_trained_once_and_shown(capacity, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(capacity, "TEST_SIZES", (2, 3))
     words = [str(tmp_path), "--shapes", "1x16", "3x16", "--steps", "2", "--output", str(tmp_path / "out.json")]
-    options = ["--test_episodes", "3", "--turns_per_step", "60", "--bf16", "False", "--learning_rate", "3e-3"]
+    options = ["--test_episodes", "3", "--max_batch_turns", "60", "--bf16", "False", "--learning_rate", "3e-3"]
     capacity.main([*words, *options])
     report = json.loads((tmp_path / "out.json").read_text())
     assert [(row["num_memory_slots"], row["hidden_size"]) for row in report["models"]] == [(1, 16), (3, 16)]

@@ -5,13 +5,13 @@ Trains the demo, and the baselines it is compared with, on generated fact dialog
     PYTHONPATH=examples python -m demo.train --output_dir out
 
 runs to the end, or resumes from the last checkpoint in `out`. More processes, on one machine or many, make each step
-larger by as many times `--turns_per_step`:
+larger by as many times `--max_batch_turns`:
 
     PYTHONPATH=examples torchrun --nproc_per_node 2 -m demo.train --output_dir out --ddp_find_unused_parameters False
 
 A finished run is trained further by
 
-    PYTHONPATH=examples python -m demo.train --output_dir more --start_from out --skip 0.52 --seed 2
+    PYTHONPATH=examples python -m demo.train --output_dir more --model out --skip 0.52 --seed 2
 
 with new dialogues (they are a function of the seed), a learning rate that rises again, and without the first half of
 the curriculum.
@@ -43,6 +43,7 @@ from rxt_hf.configuration_rxt import RxTConfig
 from rxt_hf.data.batching import StepCollator
 from rxt_hf.modeling_rxt import RxTForCausalLM
 from rxt_hf.presets import PRESETS
+from rxt_hf.training.arguments import BudgetArguments, ModelArguments, json_object
 from rxt_hf.training.loop import SECOND_FALL_FROM, CpuBudget, parse, train
 
 # (share of the run, turns of a dialogue): short dialogues first, so that writing and reading find each other
@@ -85,36 +86,22 @@ MAX_TURN_TOKENS = 30
 
 
 @dataclass
-class FactDialogueArguments:
+class FactDialogueArguments(ModelArguments, BudgetArguments):
     """What the recipe adds to `TrainingArguments`."""
 
     arm: Arm = field(
         default="rxt", metadata={"help": "Model to train: rxt (the demo), or a baseline of demo.baselines."}
     )
-    turns_per_step: int = field(
-        default=128, metadata={"help": "Turns of a step; it holds turns_per_step / turns dialogues."}
-    )
-    cpu_seconds: float | None = field(
-        default=None, metadata={"help": "Budget of the run in CPU seconds (default: none)."}
-    )
-    vocab_size: int = field(default=2048, metadata={"help": "Vocabulary size of the tokenizer."})
-    preset: str = field(default="tiny", metadata={"help": "Size of the model, a name of rxt_hf.presets.PRESETS."})
-    override: str = field(default="", metadata={"help": "JSON object of configuration fields."})
-    bptt_turns: int | None = field(
-        default=None, metadata={"help": "Writes that gradients flow back through (default: all)."}
-    )
-    start_from: str | None = field(
-        default=None, metadata={"help": "Folder of the run whose model is trained further."}
+    max_batch_turns: int = field(
+        default=128, metadata={"help": "Turns of a step; it holds max_batch_turns / turns dialogues."}
     )
     skip: float = field(default=0.0, metadata={"help": "Share of the curriculum that is left out at the start."})
-    mix: str = field(
-        default="", metadata={"help": "JSON object of probabilities of kinds of turns, over those of MIX."}
+    mix: dict | str | None = field(
+        default=None, metadata={"help": "JSON object of probabilities of kinds of turns, over those of MIX."}
     )
     average: float = field(
         default=1.0,
-        metadata={
-            "help": "Share of the trained weights in the saved ones; the rest is start_from's (arXiv 2109.01903)."
-        },
+        metadata={"help": "Share of the trained weights in the saved ones; the rest is model's (arXiv 2109.01903)."},
     )
 
 
@@ -125,7 +112,7 @@ class FactDialogues(Dataset):
         self,
         tokenizer: PreTrainedTokenizerFast,
         steps: int,
-        turns_per_step: int,
+        max_batch_turns: int,
         arm: str = "rxt",
         *,
         seed: int = 1,
@@ -134,7 +121,7 @@ class FactDialogues(Dataset):
     ):
         if not 0.0 <= skip < 1.0:
             raise ValueError(f"skip must be a share of the curriculum, at least 0 and less than 1, got {skip}.")
-        self.tokenizer, self.steps, self.turns_per_step, self.arm = tokenizer, steps, turns_per_step, arm
+        self.tokenizer, self.steps, self.max_batch_turns, self.arm = tokenizer, steps, max_batch_turns, arm
         self.skip, self.mix = skip, MIX | (mix or {})
         # a training seed for every dialogue of every step of every run
         self.first_seed = FIRST_TRAINING_SEED + (seed - 1) * 1_000_000_000
@@ -153,7 +140,7 @@ class FactDialogues(Dataset):
         if progress >= OPEN_FROM and step % 5 in (1, 3):
             mix |= {"p_open": 1.0} | ({"p_new": 1.0} if mix["p_new"] and step % 5 == 3 else {"only_open": True})
         seed, episodes = self.first_seed + step * 10_000, []
-        while len(episodes) < max(1, self.turns_per_step // turns):
+        while len(episodes) < max(1, self.max_batch_turns // turns):
             dialogue = generate_dialogue(seed, num_turns=turns, **mix)
             episode = encode_dialogue(self.tokenizer, dialogue)
             seed += 1
@@ -191,14 +178,14 @@ def main(argv: list[str] | None = None) -> None:
     options, args = parse(FactDialogueArguments, RECIPE, argv)
     if options.cpu_seconds is not None and args.world_size > 1:
         raise ValueError("cpu_seconds would stop one process before the others: use max_steps.")
-    if not 0.0 <= options.average <= 1.0 or (options.average < 1.0 and options.start_from is None):
-        raise ValueError(f"average must be a share, and less than 1 only with start_from, got {options.average}.")
+    if not 0.0 <= options.average <= 1.0 or (options.average < 1.0 and options.model is None):
+        raise ValueError(f"average must be a share, and less than 1 only with model, got {options.average}.")
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    override: dict[str, Any] = json.loads(options.override or "{}")
+    override = options.config_fields
     with args.main_process_first():
-        if options.start_from is not None or (folder / "tokenizer.json").exists():
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(options.start_from or folder)
+        if options.model is not None or (folder / "tokenizer.json").exists():
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(options.model or folder)
         else:
             rng = random.Random(0)
             # a dialogue's names are few beside its words: without more, names would be spelt letter by letter
@@ -208,27 +195,27 @@ def main(argv: list[str] | None = None) -> None:
         if args.process_index == 0:
             tokenizer.save_pretrained(folder)
     torch.manual_seed(args.seed)
-    if options.start_from is None:
+    if options.model is None:
         settings: dict[str, Any] = {**PRESETS[options.preset], **override, "vocab_size": len(tokenizer)}
         model = build_model(options.arm, RxTConfig(**settings))
     else:
-        model = AutoModelForCausalLM.from_pretrained(options.start_from, dtype=torch.float32, **override)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, **override)
     if isinstance(model, RxTForCausalLM):
         model.set_bptt_turns(options.bptt_turns)
     data = FactDialogues(
         tokenizer,
         # each process takes an item of its own, and one for each batch that it accumulates
         args.max_steps * args.world_size * args.gradient_accumulation_steps,
-        options.turns_per_step,
+        options.max_batch_turns,
         options.arm,
         seed=args.seed,
         skip=options.skip,
-        mix=json.loads(options.mix or "{}"),
+        mix=json_object("mix", options.mix),
     )
     trainer = train(model, args, data, StepCollator(tokenizer.pad_token_id), CpuBudget(folder, options.cpu_seconds))
     if isinstance(model, RxTForCausalLM) and trainer.is_world_process_zero():
-        if options.start_from is not None and options.average < 1.0:
-            start = RxTForCausalLM.from_pretrained(options.start_from, dtype=torch.float32, **override)
+        if options.model is not None and options.average < 1.0:
+            start = RxTForCausalLM.from_pretrained(options.model, dtype=torch.float32, **override)
             mix_weights(model, start, options.average)
         save_compact(model, tokenizer, folder / "demo")
     # as in rxt_hf.training.run

@@ -77,17 +77,7 @@ def _require(is_possible: bool, demand: str) -> None:
         raise ValueError(f"{demand}.")
 
 
-def generate_remember(
-    seed: int,
-    *,
-    num_pairs: int = 10,
-    num_questions: int = 1,
-    key_length: int = 2,
-    value_length: int = 1,
-    num_symbols: int = 16,
-    p_typed: float = 0.0,
-    split: str = "train",
-) -> dict[str, Any]:
+def generate_remember(seed: int, *, num_pairs: int = 10, **options: Any) -> dict[str, Any]:
     r"""
     Remember (arXiv 2407.04841, the experiments on associative retrieval): pairs with different keys are told one after
     the other, then the value of one key is asked. How many pairs are kept exactly measures the memory's capacity.
@@ -97,23 +87,10 @@ def generate_remember(
     one of a quarter of the symbols that belongs to the first symbol of its key, as a colour answers the question for a
     colour: to begin to learn with, not to test.
     """
-    return _associative(
-        "remember", seed, split, num_pairs, None, num_questions, key_length, value_length, num_symbols, p_typed
-    )
+    return _associative("remember", seed, num_writes=num_pairs, num_keys=None, **options)
 
 
-def generate_rewrite(
-    seed: int,
-    *,
-    num_writes: int = 16,
-    num_keys: int = 8,
-    num_questions: int = 1,
-    key_length: int = 2,
-    value_length: int = 1,
-    num_symbols: int = 16,
-    p_typed: float = 0.0,
-    split: str = "train",
-) -> dict[str, Any]:
+def generate_rewrite(seed: int, *, num_writes: int = 16, num_keys: int = 8, **options: Any) -> dict[str, Any]:
     r"""
     Rewrite (arXiv 2407.04841, the experiments on associative retrieval): keys come back with other values, and the
     last one is asked. Longer episodes with equally many keys ask whether the memory forgets what is outdated.
@@ -121,23 +98,23 @@ def generate_rewrite(
     What differs: as in [`generate_remember`]; every one of the `num_keys` keys is told at least once, and a rewritten
     value is never the one it replaces. Questions list the outdated values as `stale`.
     """
-    return _associative(
-        "rewrite", seed, split, num_writes, num_keys, num_questions, key_length, value_length, num_symbols, p_typed
-    )
+    return _associative("rewrite", seed, num_writes=num_writes, num_keys=num_keys, **options)
 
 
 def _associative(
     task: str,
     seed: int,
-    split: str,
+    *,
     num_writes: int,
     num_keys: int | None,
-    num_questions: int,
-    key_length: int,
-    value_length: int,
-    num_symbols: int,
-    p_typed: float,
+    num_questions: int = 1,
+    key_length: int = 2,
+    value_length: int = 1,
+    num_symbols: int = 16,
+    p_typed: float = 0.0,
+    split: str = "train",
 ) -> dict[str, Any]:
+    """Keys and values that are told one after the other: what both tasks are made of, and all of their options."""
     key_symbols, value_symbols, vocab_size = _vocabulary(num_symbols)
     wanted = num_writes if num_keys is None else num_keys
     _require(num_symbols >= 2, f"num_symbols={num_symbols} must be at least 2")

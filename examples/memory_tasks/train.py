@@ -31,6 +31,7 @@ from rxt_hf.data.collator import RxTEpisodeCollator
 from rxt_hf.data.readers import encode_turns, said
 from rxt_hf.evaluation.speed import environment
 from rxt_hf.modeling_rxt import RxTForCausalLM
+from rxt_hf.training.arguments import BudgetArguments, json_object
 from rxt_hf.training.loop import CpuBudget, parse, train
 
 # what the size of an episode of a task says, as arguments of its generator; of the others: the number of questions
@@ -56,7 +57,6 @@ RECIPE: dict[str, Any] = {
     # one item of the data set is one step
     "per_device_train_batch_size": 1,
     "train_sampling_strategy": "sequential",
-    "remove_unused_columns": False,
     "bf16": True,
     "use_cpu": True,
     "logging_steps": 50,
@@ -78,8 +78,8 @@ MODEL: dict[str, Any] = {
 }
 
 
-@dataclass
-class MemoryTaskArguments:
+@dataclass(kw_only=True)
+class MemoryTaskArguments(BudgetArguments):
     """What the recipe adds to `TrainingArguments`."""
 
     tasks: list[str] = field(metadata={"help": f"Tasks, trained in turn, of {', '.join(TASKS)}."})
@@ -89,7 +89,9 @@ class MemoryTaskArguments:
         default_factory=list, metadata={"help": "Sizes of the test episodes (default: size)."}
     )
     test_episodes: int = field(default=200, metadata={"help": "Test episodes per task and size."})
-    generator: str = field(default="", metadata={"help": "JSON object of arguments of the tasks' generators."})
+    generator: dict | str | None = field(
+        default=None, metadata={"help": "JSON object of arguments of the tasks' generators."}
+    )
     history: int = field(
         default=0,
         metadata={"help": "Most earlier writes (without gradient) before a full-size episode; token-id tasks only."},
@@ -98,11 +100,8 @@ class MemoryTaskArguments:
         default=0.09,
         metadata={"help": "Share of the run during which the hint (a key's kind tells its value) fades out."},
     )
-    turns_per_step: int = field(default=240, metadata={"help": "Turns of a step, over all its episodes."})
-    override: str = field(default="", metadata={"help": "JSON object of configuration fields."})
-    cpu_seconds: float | None = field(
-        default=None, metadata={"help": "Budget of the run in CPU seconds (default: none)."}
-    )
+    max_batch_turns: int = field(default=240, metadata={"help": "Turns of a step, over all its episodes."})
+    override: dict | str | None = field(default=None, metadata={"help": "JSON object of configuration fields."})
 
 
 def generate(task: str, seed: int, size: int, **more: Any) -> dict[str, Any]:
@@ -131,7 +130,7 @@ class MemoryTasks(Dataset):
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast | None, options: MemoryTaskArguments, steps: int):
         self.tokenizer, self.options, self.steps = tokenizer, options, steps
-        self.arguments = json.loads(options.generator or "{}")
+        self.arguments = json_object("generator", options.generator)
 
     def __len__(self) -> int:
         return self.steps
@@ -154,7 +153,7 @@ class MemoryTasks(Dataset):
         for seed in count(index * 10_000):
             episodes.append(generate(task, seed, size, **arguments))
             turns += len(episodes[-1]["interactions"])
-            if turns + turns / len(episodes) > options.turns_per_step:
+            if turns + turns / len(episodes) > options.max_batch_turns:
                 break
         batch = episode_batch(self.tokenizer, episodes)
         length = int(rng.random() * (options.history + 1))
@@ -239,12 +238,11 @@ def stories(tasks: list[str], number: int = 2000) -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> None:
     options, args = parse(MemoryTaskArguments, RECIPE, argv)
-    unknown = [task for task in options.tasks if task not in TASKS]
-    if unknown:
+    if unknown := [task for task in options.tasks if task not in TASKS]:
         raise ValueError(f"There is no task {unknown[0]!r}; the tasks are {', '.join(TASKS)}.")
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = json.loads(options.generator or "{}")
+    arguments = json_object("generator", options.generator)
     first = generate(options.tasks[0], 0, options.size, **arguments)
     tokenizer = None
     if "vocab_size" not in first:
@@ -252,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer.save_pretrained(folder)
     vocab_size = first["vocab_size"] if tokenizer is None else len(tokenizer)
     torch.manual_seed(args.seed)
-    model = RxTForCausalLM(RxTConfig(**MODEL | {"vocab_size": vocab_size} | json.loads(options.override or "{}")))
+    model = RxTForCausalLM(RxTConfig(**MODEL | {"vocab_size": vocab_size} | json_object("override", options.override)))
     budget = CpuBudget(folder, options.cpu_seconds)
     data = MemoryTasks(tokenizer, options, args.max_steps)
     trainer = train(model, args, data, lambda batches: batches[0], budget, factor=trapezoid, trainer_class=TaskTrainer)

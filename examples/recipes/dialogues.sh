@@ -8,7 +8,7 @@
 # same line is run again. The sizes of arXiv 2510.03561 and the comparison of its table 3, on public dialogues, for a
 # GPU (nobody has run these two yet, only a smoke test):
 #
-#   SIZE=micro ARMS="rxt current_turn full_history" OPTIONS="--vocab_size 7500 --tokens_per_step 65536 \
+#   SIZE=micro ARMS="rxt current_turn full_history" OPTIONS="--vocab_size 7500 --max_batch_tokens 65536 \
 #       --max_steps 20000 --learning_rate 1e-3" sh examples/recipes/dialogues.sh out path/to/sgd path/to/star
 #
 # and the same with SIZE=mini. ARMS are those of examples/demo/baselines.py, SIZE is a name of rxt_hf.presets.PRESETS,

@@ -21,12 +21,13 @@ import torch
 from demo.facts import MIX, UNKNOWN_ANSWER, generate_dialogue
 from demo.recall import recall
 from demo.write import wrong_answers
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
 import rxt_hf
 from rxt_hf.data.collator import RxTEpisodeCollator
 from rxt_hf.evaluation.speed import environment
+from rxt_hf.training.loop import parse
 from rxt_hf.training.preference import (
     PreferenceArguments,
     PreferenceTrainer,
@@ -115,9 +116,7 @@ def report(path: Path, before: list[dict], after: list[dict], **facts) -> None:
 
 
 def main() -> None:
-    parser = HfArgumentParser((Recipe, PreferenceArguments))
-    parser.set_defaults(**RECIPE)
-    options, args = parser.parse_args_into_dataclasses()
+    options, args = parse(Recipe, RECIPE, None, PreferenceArguments)
     folder, start = Path(args.output_dir), time.process_time()
     folder.mkdir(parents=True, exist_ok=True)
     model, tokenizer = loaded(options.model)

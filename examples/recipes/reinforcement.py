@@ -16,11 +16,11 @@ from pathlib import Path
 
 from demo.curriculum import FactCurriculum, fact_reward
 from preference import loaded, measured, report
-from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 import rxt_hf
-from rxt_hf.training.loop import CpuBudget
+from rxt_hf.training.arguments import BudgetArguments
+from rxt_hf.training.loop import CpuBudget, parse
 from rxt_hf.training.reinforcement import ReinforcementArguments, ReinforcementTrainer
 
 RECIPE = {
@@ -52,16 +52,13 @@ RECIPE = {
 
 
 @dataclass
-class Recipe:
+class Recipe(BudgetArguments):
     model: str = field(default=str(rxt_hf.DEMO), metadata={"help": "the starting checkpoint"})
-    cpu_seconds: float | None = field(default=None, metadata={"help": "stops the training at this many CPU seconds"})
     test_dialogues: int = field(default=200, metadata={"help": "test dialogues of 16 turns, half as many of 32"})
 
 
 def main() -> None:
-    parser = HfArgumentParser((Recipe, ReinforcementArguments))
-    parser.set_defaults(**RECIPE)
-    options, args = parser.parse_args_into_dataclasses()
+    options, args = parse(Recipe, RECIPE, None, ReinforcementArguments)
     folder, start = Path(args.output_dir), time.process_time()
     folder.mkdir(parents=True, exist_ok=True)
     model, tokenizer = loaded(options.model)

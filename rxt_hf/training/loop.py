@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..data.batching import StepCollator as StepCollator
+from .arguments import RxTTrainingArguments
 
 # the learning rate falls twice: from its peak to 5 %, and in the last fifth of the run from 30 % to 2 % of the peak
 SECOND_FALL_FROM = 0.8
@@ -21,10 +21,13 @@ Options = TypeVar("Options")
 
 
 def parse(
-    options_class: type[Options], defaults: dict[str, Any], argv: list[str] | None
+    options_class: type[Options],
+    defaults: dict[str, Any],
+    argv: list[str] | None,
+    training_class: type[TrainingArguments] = RxTTrainingArguments,
 ) -> tuple[Options, TrainingArguments]:
-    """Parses recipe options and `TrainingArguments`; `defaults` replaces defaults of both."""
-    parser: Any = HfArgumentParser(cast("Any", (options_class, TrainingArguments)))
+    """Parses recipe options and those of training; `defaults` replaces defaults of both."""
+    parser: Any = HfArgumentParser(cast("Any", (options_class, training_class)))
     parser.set_defaults(**defaults)
     return parser.parse_args_into_dataclasses(argv)
 

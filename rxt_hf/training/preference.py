@@ -22,13 +22,14 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedTokenizerFast, TrainingArguments
+from transformers import PreTrainedTokenizerFast
 
 from ..data.readers import encode_turns
 from ..data.rows import split_messages
 from ..evaluation.rollout import GREEDY, contains_words, play, recalled_words, texts
 from ..layers_rxt import upcast
 from ..losses_rxt import load_balancing_losses
+from .arguments import RxTTrainingArguments
 from .loop import CountingTrainer
 
 LossType = Literal["dpo", "apo_zero", "apo_down"]
@@ -163,9 +164,9 @@ def add_own_mistakes(
 
 
 @dataclass
-class PreferenceArguments(TrainingArguments):
+class PreferenceArguments(RxTTrainingArguments):
     """
-    [`TrainingArguments`], and:
+    [`RxTTrainingArguments`], and:
 
     Args:
         beta (`float`): weight of the log ratio of policy and reference; small ones allow the policy to go far.
@@ -175,9 +176,6 @@ class PreferenceArguments(TrainingArguments):
     beta: float = field(default=0.1, metadata={"help": "Weight of the log ratio of policy and reference."})
     loss_type: LossType = field(
         default="dpo", metadata={"help": "Loss of preference_loss: dpo, or an anchored variant."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay False: the model does not know all columns."}
     )
 
 

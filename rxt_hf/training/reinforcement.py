@@ -16,12 +16,13 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from ..data.collator import RxTEpisodeCollator
 from ..data.readers import encode_turns
 from ..evaluation.rollout import SAMPLED, contains_words, play, recalled_words, texts
 from ..evaluation.text_scores import sentence_bleu
+from .arguments import RxTTrainingArguments
 from .preference import answer_log_probs, check_reference, reference_of
 
 
@@ -151,9 +152,9 @@ class RepeatedSampler(Sampler):
 
 
 @dataclass
-class ReinforcementArguments(TrainingArguments):
+class ReinforcementArguments(RxTTrainingArguments):
     """
-    [`TrainingArguments`], where a batch size counts dialogues, and:
+    [`RxTTrainingArguments`], where a batch size counts dialogues, and:
 
     Args:
         group_size (`int`): samples of each dialogue.
@@ -188,9 +189,6 @@ class ReinforcementArguments(TrainingArguments):
     )
     saved_similarity_weight: float = field(
         default=0.1, metadata={"help": "Weight of the cosine to the saved interaction."}
-    )
-    remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay False: dialogues are not columns."}
     )
 
     def __post_init__(self):

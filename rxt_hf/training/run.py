@@ -57,6 +57,7 @@ from ..hub import export, model_card
 from ..loading import load_whole, refuse_adapter
 from ..modeling_rxt import RxTForCausalLM
 from ..presets import PRESETS
+from .arguments import DataArguments, ModelArguments, RxTTrainingArguments, as_list, check_lowest, json_object
 from .preference import (
     PreferenceArguments,
     PreferenceTrainer,
@@ -77,69 +78,34 @@ RECIPE: dict[str, Any] = {
     "save_steps": 100,
     "save_total_limit": 2,
     "report_to": "none",
-    "remove_unused_columns": False,
     # asked for by name, or bf16 is refused
     "use_cpu": not torch.accelerator.is_available(),
 }
 
 
 @dataclass
-class RunArguments:
+class RunArguments(ModelArguments, DataArguments):
     """Arguments of a run, besides `TrainingArguments`."""
 
-    data: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Training data: JSONL files, folders, or data sets of the Hub (owner/name)."},
-    )
     eval_data: list[str] = field(
         default_factory=list, metadata={"help": "Data of eval_loss at the end of the run, given like data."}
     )
-    model: str | None = field(
-        default=None, metadata={"help": "Folder or Hub name to start from (default: a new model)."}
-    )
+    eval_dialogues: int = field(default=100, metadata={"help": "Dialogues sampled per source of eval_data."})
+    turns: int = field(default=8, metadata={"help": "Longest dialogue in turns; longer ones are cut."})
     tokenizer: str | None = field(
         default=None,
         metadata={
             "help": "Folder or Hub name of the tokenizer (default: the model's; a new one is trained on the data)."
         },
     )
-    preset: str = field(default="tiny", metadata={"help": f"Size of a new model: {', '.join(PRESETS)}."})
-    override: dict | str | None = field(
-        default=None, metadata={"help": "JSON object of configuration fields of a new model."}
-    )
-    bptt_turns: int | None = field(
-        default=None, metadata={"help": "Writes that gradients flow back through (default: all; 0: none)."}
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention implementation, such as eager or flash_attention_2."}
     )
     mlm_loss_coef: float = field(
         default=0.5, metadata={"help": "Weight of the loss on masked tokens, in the stages that have it."}
     )
     memory_noise_std: float = field(
         default=0.2, metadata={"help": "Noise on what the decoder reads in those stages, as a share of its size."}
-    )
-    vocab_size: int = field(default=2048, metadata={"help": "Vocabulary size of a new tokenizer."})
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention implementation, such as eager or flash_attention_2."}
-    )
-    dialogues: int | None = field(
-        default=None,
-        metadata={"help": "Dialogues sampled per source (default: all)."},
-    )
-    eval_dialogues: int = field(default=100, metadata={"help": "Dialogues sampled per source of eval_data."})
-    turns: int = field(default=8, metadata={"help": "Longest dialogue in turns; longer ones are cut."})
-    tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Longest text row or interaction in tokens; longer ones are cut off (default: the model's limit)."
-        },
-    )
-    skip_bad_rows: bool = field(
-        default=False, metadata={"help": "Leave out rows that cannot be read, and report how many and why."}
-    )
-    max_batch_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Most padded tokens of a batch of dialogues of similar length; replaces per_device_*_batch_size."
-        },
     )
     lora_rank: int = field(
         default=0,
@@ -153,37 +119,19 @@ class RunArguments:
     )
 
     @property
-    def config_fields(self) -> dict[str, Any]:
-        return _object("override", self.override)
-
-    @property
     def first_steps(self) -> dict[str, int]:
-        return {start: int(step) for start, step in _object("unfreeze", self.unfreeze).items()}
+        return {start: int(step) for start, step in json_object("unfreeze", self.unfreeze).items()}
 
     def number(self, split: str) -> int | None:
         """Dialogues of each source of a split."""
         return self.dialogues if split == "train" else self.eval_dialogues
 
     def __post_init__(self) -> None:
-        for name in ("data", "eval_data"):
-            value = getattr(self, name)
-            setattr(self, name, [value] if isinstance(value, str) else list(value or []))
-        self.override, self.unfreeze = self.config_fields, self.first_steps
-        lowest = dict.fromkeys(("bptt_turns", "mlm_loss_coef", "memory_noise_std", "lora_rank"), 0)
-        lowest |= dict.fromkeys(("turns", "tokens", "dialogues", "max_batch_tokens"), 1)
-        for name, low in lowest.items():
-            if (value := getattr(self, name)) is not None and value < low:
-                raise ValueError(f"{name} must be at least {low}, got {value}.")
-
-
-def _object(name: str, value: dict | str | None) -> dict[str, Any]:
-    try:
-        found = json.loads(value) if isinstance(value, str) else value or {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{name} is not JSON: {error}.") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{name} must be an object, got {value!r}.")
-    return found
+        ModelArguments.__post_init__(self)
+        DataArguments.__post_init__(self)
+        self.eval_data, self.unfreeze = as_list(self.eval_data), self.first_steps
+        check_lowest(self, 0, "mlm_loss_coef", "memory_noise_std", "lora_rank")
+        check_lowest(self, 1, "turns")
 
 
 class _Parser(HfArgumentParser):
@@ -199,7 +147,7 @@ def parse(
 
     Raises: `ValueError` for an unknown key or word, and for a value of the wrong type; `OSError` without the file.
     """
-    training = PreferenceArguments if stage == PREFERENCE else TrainingArguments
+    training = PreferenceArguments if stage == PREFERENCE else RxTTrainingArguments
     parser = _Parser(cast("Any", (RunArguments, training)), prog=f"rxt train {stage}", allow_abbrev=False)
     parser.set_defaults(output_dir=f"rxt-{stage}", **RECIPE)
     known = {each.name for kind in (RunArguments, training) for each in dataclasses.fields(cast("Any", kind))}
@@ -241,8 +189,7 @@ def check(stage: str, options: RunArguments, args: TrainingArguments) -> None:
     """Raises `ValueError` or `OSError` for settings that are certain to fail later, before anything is loaded."""
     if stage not in STAGE_NAMES:
         raise ValueError(f"There is no training stage {stage!r}; the stages are {list(STAGE_NAMES)}.")
-    if not options.data:
-        raise ValueError("data is missing: name files, folders or data sets of the Hub.")
+    options.check_data()
     for source, split in [(each, "train") for each in options.data] + [(each, "test") for each in options.eval_data]:
         if _plain_text(source, split) and stage != "pretraining":
             raise ValueError(f"{source} is plain text: the stage {stage} needs dialogues.")

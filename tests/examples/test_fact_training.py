@@ -43,7 +43,7 @@ def recipe(tokenizer, tmp_path):
     def run(name="run", **options):
         folder = tmp_path / name
         tokenizer.save_pretrained(folder)
-        options = {"output_dir": folder, "max_steps": 4, "turns_per_step": 8, "override": json.dumps(SIZES)} | options
+        options = {"output_dir": folder, "max_steps": 4, "max_batch_turns": 8, "override": json.dumps(SIZES)} | options
         options |= {"warmup_steps": 1, "logging_steps": 1, "disable_tqdm": True}
         main([word for option, value in options.items() for word in (f"--{option}", str(value))])
         return folder
@@ -336,8 +336,8 @@ def test_a_finished_run_is_trained_further_with_its_tokenizer(recipe, tmp_path, 
     first, depths = recipe(), []
     monkeypatch.setattr(RxTForCausalLM, "set_bptt_turns", lambda model, turns: depths.append(turns))
     before = load_file(first / "model.safetensors")
-    options = {"output_dir": str(tmp_path / "more"), "start_from": str(first), "seed": 2, "max_steps": 1, "skip": 0.52}
-    options |= {"turns_per_step": 32, "learning_rate": 0.0, "bptt_turns": 4, "disable_tqdm": True}
+    options = {"output_dir": str(tmp_path / "more"), "model": str(first), "seed": 2, "max_steps": 1, "skip": 0.52}
+    options |= {"max_batch_turns": 32, "learning_rate": 0.0, "bptt_turns": 4, "disable_tqdm": True}
     main([word for option, value in options.items() for word in (f"--{option}", str(value))])
     after = load_file(tmp_path / "more" / "model.safetensors")
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
@@ -347,7 +347,7 @@ def test_a_finished_run_is_trained_further_with_its_tokenizer(recipe, tmp_path, 
 
 def test_the_demo_of_a_further_run_holds_a_mean_of_the_weights_before_and_after(recipe, tmp_path):
     first = recipe()
-    options = {"start_from": str(first), "seed": 2, "max_steps": 2, "warmup_steps": 0, "turns_per_step": 32}
+    options = {"model": str(first), "seed": 2, "max_steps": 2, "warmup_steps": 0, "max_batch_turns": 32}
     options |= {"output_dir": str(tmp_path / "more"), "learning_rate": 0.05, "average": 0.25, "disable_tqdm": True}
     main([word for option, value in options.items() for word in (f"--{option}", str(value))])
     before, after = (load_file(folder / "model.safetensors") for folder in (first, tmp_path / "more"))
@@ -356,5 +356,5 @@ def test_the_demo_of_a_further_run_holds_a_mean_of_the_weights_before_and_after(
         torch.testing.assert_close(weight, (0.75 * before[name] + 0.25 * after[name]).bfloat16())
     moved = max((after[name] - before[name]).abs().max() for name in before)
     assert moved > 0.01
-    with pytest.raises(ValueError, match=r"less than 1 only with start_from, got 0\.5"):
+    with pytest.raises(ValueError, match=r"less than 1 only with model, got 0\.5"):
         main(["--output_dir", str(tmp_path / "new"), "--average", "0.5"])

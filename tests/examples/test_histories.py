@@ -130,7 +130,7 @@ def test_probes_become_the_last_turns_and_only_those_about_what_was_said():
 
 def test_steps_are_the_same_for_every_arm_and_start_with_short_dialogues(tokenizer):
     dialogues = [*DIALOGUES * 8, {"interactions": TURNS * 3}]
-    data = {arm: DialogueSteps(tokenizer, dialogues, 30, arm=arm, tokens_per_step=400) for arm in ARMS}
+    data = {arm: DialogueSteps(tokenizer, dialogues, 30, arm=arm, max_batch_tokens=400) for arm in ARMS}
     for number in range(30):
         rows = {}
         for arm, steps in data.items():
@@ -140,7 +140,7 @@ def test_steps_are_the_same_for_every_arm_and_start_with_short_dialogues(tokeniz
         assert all(row == rows["rxt"] for row in rows.values())
     longest = [max(len(episode["labels"]) for episode in data["rxt"][number]) for number in range(30)]
     assert max(longest[: round(CURRICULUM[0][0] * 30)]) == 3 and max(longest) == 9
-    again = DialogueSteps(tokenizer, dialogues, 30, tokens_per_step=400)
+    again = DialogueSteps(tokenizer, dialogues, 30, max_batch_tokens=400)
     assert [again[number] for number in range(30)] == [data["rxt"][number] for number in range(30)]
 
 
@@ -229,7 +229,7 @@ def test_perplexity_of_a_group_of_turns_is_that_of_all_their_tokens():
 def test_the_recipe_trains_and_measures_the_sizes_of_the_paper(trained):
     root, size = Path(__file__).parents[2], {name: value for name, value in SIZES.items() if name != "vocab_size"}
     override = json.dumps(size | {"num_experts": 2, "head_dim": 8}, separators=(",", ":"))
-    options = f"--max_steps 1 --tokens_per_step 400 --warmup_steps 0 --disable_tqdm True --override {override}"
+    options = f"--max_steps 1 --max_batch_tokens 400 --warmup_steps 0 --disable_tqdm True --override {override}"
     environment = {"SIZE": "micro", "ARMS": "rxt full_history", "OPTIONS": options}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(root)}
     command = ["sh", "examples/recipes/dialogues.sh", str(trained / "sizes"), str(trained / "booking")]

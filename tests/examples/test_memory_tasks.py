@@ -86,7 +86,7 @@ def test_an_answer_counts_if_every_token_of_it_is_the_likeliest(tokenizer, monke
 
 
 def test_episodes_grow_over_the_run_and_are_a_function_of_the_step():
-    options = MemoryTaskArguments(tasks=["remember", "rewrite"], size=20, turns_per_step=80)
+    options = MemoryTaskArguments(tasks=["remember", "rewrite"], size=20, max_batch_turns=80)
     data = MemoryTasks(None, options, 30)
     turns = [data[step]["input_ids"].shape[1] for step in range(0, 30, 2)]
     assert turns[0] == 4 and max(turns) == 40 and max(turns[:4]) < max(turns[4:8]) < 40
@@ -103,7 +103,7 @@ def test_values_are_typed_at_the_start_only_and_arguments_reach_the_generator(mo
         return generate(task, seed, size, **more)
 
     monkeypatch.setattr(memory_tasks, "generate", spy)
-    options = MemoryTaskArguments(tasks=["remember", "mqar"], generator='{"num_symbols": 32}', turns_per_step=40)
+    options = MemoryTaskArguments(tasks=["remember", "mqar"], generator='{"num_symbols": 32}', max_batch_turns=40)
     data = MemoryTasks(None, options, 100)
     shares = []
     for step in (0, 4, 8, 10, 50):
@@ -123,7 +123,7 @@ def test_values_are_typed_at_the_start_only_and_arguments_reach_the_generator(mo
 
 
 def test_an_episode_may_begin_with_the_memory_of_other_writes_which_get_no_gradient():
-    options = MemoryTaskArguments(tasks=["rewrite"], size=6, history=20, turns_per_step=40)
+    options = MemoryTaskArguments(tasks=["rewrite"], size=6, history=20, max_batch_turns=40)
     data = MemoryTasks(None, options, 50)
     assert all("history" not in data[step] for step in range(30)), "binding is still to be learnt"
     lengths = [data[step]["history"].shape[1] for step in range(30, 50) if "history" in data[step]]
@@ -158,7 +158,7 @@ def test_recipe_resumes_and_writes_down_what_it_measured(tmp_path, task):
     shared += [
         "--save_steps",
         "2",
-        "--turns_per_step",
+        "--max_batch_turns",
         "16",
         "--override",
         json.dumps(SIZES),
@@ -182,7 +182,7 @@ def test_the_recipe_of_the_results_runs(tmp_path):
     # four processes, one thread each
     environment["OMP_NUM_THREADS"] = "1"
     options = ["--max_steps", "2", "--test_episodes", "2", "--override", json.dumps(SIZES)]
-    options += ["--turns_per_step", "60", "--bf16", "False"]
+    options += ["--max_batch_turns", "60", "--bf16", "False"]
     command = ["sh", "examples/recipes/memory_tasks.sh", str(tmp_path), *options]
     done = subprocess.run(command, cwd=root, env=os.environ | environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rxt_hf import RxTSession, STMCache
-from rxt_hf.serving.engine import Engine, QueueFullError, Turn, bytes_of_row, decode
+from rxt_hf.serving.engine import Engine, QueueFullError, Turn, _Text, bytes_of_row, decode
 
 from . import serving
 from .models import close, random_ids, random_memory, tiny_model
@@ -113,6 +113,56 @@ def test_tokens_of_every_architecture_are_those_of_generate(demo, options, atten
         assert turn.token_ids == answer
         close(turn.memory_after.states, memory.states)
         assert turn.memory_after.turns.tolist() == [4]
+    engine.close()
+
+
+PASSING = {
+    "joint": {"memory_reading": "joint", "memory_positions": "rank", "memory_writing": "selection"},
+    "apart": {"memory_writing": "selection", "num_hidden_layers": 3, "memory_layers": [0, 2]},
+    "attended": {"memory_reading": "joint"},
+}
+
+
+@pytest.mark.parametrize("options", PASSING.values(), ids=PASSING)
+def test_a_model_that_writes_in_passing_computes_no_states_again(demo, options, monkeypatch):
+    """Rows of several lengths over three turns, one of them stopped in the middle and one cancelled."""
+    model = tiny_model(**options, memory_encoding="decoder_in_passing")
+    # every row goes on to its limit
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    engine = SlowEngine(model, demo[1], max_rows=3)
+    memories = [random_memory(model).select(0) if row % 2 else model.init_stm(1) for row in range(6)]
+    for number in range(3):
+        while engine.gate.acquire(blocking=False):
+            pass
+        turns = [
+            Turn(random_ids(3 + 4 * row, seed=10 * number + row).tolist(), memory, 5 + 3 * row)
+            for row, memory in enumerate(memories)
+        ]
+        expected = [alone(model, turn) for turn in turns]
+        with monkeypatch.context() as patch:
+            patch.setattr(model.model, "encode", None)
+            # as if the third token of one row ended a stop string; what these ids spell is no text
+            stopped, first = turns[4], turns[0]
+            patch.setattr(_Text, "add", lambda text, _, it=stopped: text.turn is it and len(it.token_ids) == 3)
+            for turn in turns:
+                engine.submit(turn)
+            engine.gate.release(2)
+            wait_for(lambda it=first: len(it.token_ids) == 2)
+            first.cancel()
+            engine.gate.release(100)
+            for turn, (answer, memory) in zip(turns[1:4] + turns[5:], expected[1:4] + expected[5:], strict=True):
+                assert turn.result(60).token_ids == answer
+                close(turn.memory_after.states, memory.states)
+            stopped.result(60)
+        assert stopped.finish_reason == "stop" and stopped.token_ids == expected[4][0][:3]
+        ids = torch.tensor([stopped.prompt + stopped.token_ids])
+        close(stopped.memory_after.states, model.update_memory(stopped.memory, ids).states)
+        assert first.memory_after is first.memory and len(first.token_ids) < 5
+        memories = [turn.memory_after for turn in turns]
+    # what is written without its instruction is read again without it
+    turn = Turn([1, 9, 8, 5, 6], memories[0], 6, written_prompt=[1, 5, 6])
+    ids = torch.tensor([[1, 5, 6, *engine.submit(turn).result(60).token_ids]])
+    close(turn.memory_after.states, model.update_memory(memories[0], ids).states)
     engine.close()
 
 

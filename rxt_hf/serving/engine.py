@@ -87,6 +87,8 @@ class Turn:
         self.text = ""
         self._taken = 0
         self._may_take = 0
+        # of a model that writes in passing: what its memory layers read, (memory layers, tokens, hidden_size)
+        self._layer_inputs: torch.Tensor | None = None
         self._done = threading.Event()
         self._is_cancelled = False
 
@@ -204,7 +206,8 @@ class Engine:
     Generates many turns at once, in a thread of its own. Rows are compact: row `i` of every table belongs to the
     `i`-th active turn. A step is one forward of one token of every active row; turns that wait join by one
     right-padded prefill; a finished turn leaves at once, the last row takes its place, and its memory is written in
-    one batch with those that end beside it. Tokens are those of `generate`, row by row.
+    one batch with those that end beside it. Tokens are those of `generate`, row by row. With
+    `memory_encoding="decoder_in_passing"` the states that the steps computed are kept and written, as by `generate`.
 
     It stands on the model's `memory_keys_values`, `decode`, `update_memory` and `replay`, and knows nothing else of
     its layers.
@@ -234,7 +237,10 @@ class Engine:
             raise ValueError(f"The engine needs attention by sdpa or eager, got {implementation!r}.")
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, model.config
         self.compiles = compiles
-        self._decode = torch.compile(model.model.decode) if compiles else model.model.decode
+        layers = range(self.config.num_hidden_layers)
+        self._memory_layers = layers if self.config.memory_layers is None else self.config.memory_layers
+        self._writes_in_passing = self.config.memory_encoding == "decoder_in_passing"
+        self._step_of_model = torch.compile(self._decode) if compiles else self._decode
         self._end_ids = end_token_ids(model)
         self.fingerprint = model.memory_fingerprint()
         with torch.no_grad():
@@ -247,6 +253,9 @@ class Engine:
         shape = (config.num_key_value_heads, config.max_position_embeddings, config.head_dim)
         self._within = _Tables((config.num_hidden_layers, self.max_rows, *shape), dtype, device)
         self._across = [tuple(part.new_zeros(self.max_rows, *part.shape[1:]) for part in pair) for pair in example]
+        kept = self._writes_in_passing * len(self._memory_layers)
+        kept = (kept, self.max_rows, config.max_position_embeddings, config.hidden_size)
+        self._layer_inputs = torch.zeros(kept, dtype=dtype, device=device)
         self._rows: list[_Row] = []
         self._waiting: deque[Turn] = deque()
         self._joining: list[Turn] = []
@@ -391,7 +400,9 @@ class Engine:
         places = torch.arange(length, device=device)
         distance = places[:, None] - places[None, :]
         self._within.place(first, None, length)
-        hidden = self._forward(self.model.model.decode, ids, places[None], distance[None, None], first)
+        hidden, inputs = self._forward(self._decode, ids, places[None], distance[None, None], first)
+        for table, states in zip(self._layer_inputs, inputs, strict=True):
+            table[first : first + len(turns), :length] = states
         last = torch.tensor([len(turn.prompt) - 1 for turn in turns], device=device)
         logits = self.model.lm_head(hidden[torch.arange(len(turns), device=device), last])
         for turn in turns:
@@ -416,14 +427,25 @@ class Engine:
             longest = min(-(-longest // 64) * 64, self.config.max_position_embeddings)
         distance = positions[:, None] - torch.arange(longest, device=device)[None, :]
         self._within.place(0, positions, longest)
-        hidden = self._forward(self._decode, ids, positions[:, None], distance[:, None, None], 0)
+        hidden, inputs = self._forward(self._step_of_model, ids, positions[:, None], distance[:, None, None], 0)
+        for table, states in zip(self._layer_inputs, inputs, strict=True):
+            table[torch.arange(count, device=device), positions] = states[:, 0]
         for row in rows:
             row.length += 1
         self.steps += 1
         self._take(0, self.model.lm_head(hidden[: len(rows), -1]))
 
-    def _forward(self, decode, ids, positions, distance, first) -> torch.Tensor:
-        """Hidden states of `ids` in the rows from `first`; a token reads those `distance` >= 0 before it."""
+    def _decode(self, embeds, masks, positions, cache) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Returns the hidden states, and what the memory layers read if that is written."""
+        model = self.model.model
+        if not self._writes_in_passing:
+            return model.decode(embeds, None, masks, position_ids=positions, cache=cache), []
+        given = {"attention_mask": masks, "position_ids": positions, "cache": cache, "output_hidden_states": True}
+        output = model(inputs_embeds=embeds, **given)
+        return output.last_hidden_state, [output.hidden_states[layer] for layer in self._memory_layers]
+
+    def _forward(self, decode, ids, positions, distance, first) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Decodes `ids` in the rows from `first`; a token reads those `distance` >= 0 before it."""
         across = DynamicCache()
         cache = EncoderDecoderCache(self._within, across)
         end = first + len(ids)
@@ -439,7 +461,7 @@ class Engine:
             lowest = torch.finfo(embeds.dtype).min
             masks = {kind: torch.where(mask, 0.0, lowest).to(embeds.dtype) for kind, mask in masks.items()}
         masks = {kind: mask.expand(len(ids), *mask.shape[1:]) for kind, mask in masks.items()}
-        return decode(embeds, None, masks, position_ids=positions, cache=cache)
+        return decode(embeds, masks, positions, cache)
 
     def _take(self, first: int, logits: torch.Tensor) -> None:
         """Chooses the next token of the rows from `first`; those that have ended leave."""
@@ -464,14 +486,17 @@ class Engine:
                 turn.on_change()
         self.tokens += len(self._rows) - first
         for index in reversed(ended):
-            turn = self._leave(index).turn
+            row, turn = self._rows[index], self._rows[index].turn
+            if self._writes_in_passing and turn.updates_memory and turn.written_prompt == turn.prompt:
+                turn._layer_inputs = self._layer_inputs[:, index, : row.length].clone()
+            self._leave(index)
             if turn.updates_memory:
                 self._finished.append(turn)
             else:
                 turn.memory_after = turn.memory
                 self._finish(turn)
 
-    def _leave(self, index: int) -> _Row:
+    def _leave(self, index: int) -> None:
         """Takes one row out; the last one moves into its place."""
         row, last = self._rows[index], self._rows[-1]
         self._rows[index] = last
@@ -481,22 +506,29 @@ class Engine:
             self._within.move(source, index, last.length)
             for table in (table for tables in self._across for table in tables):
                 table[index] = table[source]
-        return row
+            self._layer_inputs[:, index, : last.length] = self._layer_inputs[:, source, : last.length]
 
     def _write(self, turns: list[Turn]) -> None:
-        if self._writer is None:
-            self._write_now(turns)
-        else:
-            self._writer.submit(self._write_beside, turns, torch.cuda.current_stream())
+        # an instruction that is not written is in the states of its turn: these are computed again, without it
+        again = [turn for turn in turns if turn._layer_inputs is None]
+        for batch in (again, [turn for turn in turns if turn._layer_inputs is not None]):
+            if not batch:
+                continue
+            if self._writer is None:
+                self._write_now(batch)
+            else:
+                reader = torch.cuda.current_stream()
+                self._writer.submit(self._write_beside, batch, reader, reader.record_event())
 
-    def _write_beside(self, turns: list[Turn], reader: Any) -> None:
-        """The write on a stream of its own: other conversations go on while this one's memory is written."""
+    def _write_beside(self, turns: list[Turn], reader: Any, before: Any) -> None:
+        """Writes on a stream of its own: other conversations go on while this one's memory is written."""
 
         def settle(memory: STMCache) -> None:
             torch.cuda.current_stream().synchronize()
             memory.states.record_stream(reader)
 
         with torch.no_grad(), torch.cuda.stream(self._stream):
+            self._stream.wait_event(before)
             self._write_now(turns, settle)
 
     def _write_now(self, turns: list[Turn], settle: Callable[[STMCache], Any] | None = None) -> None:
@@ -505,7 +537,10 @@ class Engine:
             rows = [torch.tensor(turn.written_prompt + turn.token_ids) for turn in turns]
             ids = pad_sequence(rows, batch_first=True).to(self.model.device)
             mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(self.model.device)
-            written = self.model.update_memory(STMCache.cat([turn.memory for turn in turns]), ids, mask)
+            inputs = [turn._layer_inputs.transpose(0, 1) for turn in turns if turn._layer_inputs is not None]
+            inputs = list(pad_sequence(inputs, batch_first=True).unbind(2)) if inputs else None
+            memories = STMCache.cat([turn.memory for turn in turns])
+            written = self.model.update_memory(memories, ids, mask, layer_inputs=inputs)
             if settle is not None:
                 settle(written)
             self.writes += 1
@@ -529,6 +564,7 @@ class Engine:
 
     def _finish(self, turn: Turn) -> None:
         self.turns += 1
+        turn._layer_inputs = None
         turn._done.set()
         if turn.on_change is not None:
             # the other end may be an event loop that has closed
@@ -566,12 +602,17 @@ def end_token_ids(model: Any) -> frozenset[int]:
 
 
 def bytes_of_row(model: Any, memory_keys_values: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> int:
-    """Bytes that one active turn takes: its keys and values, those of its memory, and the memory before and after."""
+    """
+    Returns the bytes that one active turn takes: its keys and values, those of its memory, the memory before and
+    after, and what is kept of its states for a write in passing.
+    """
     config, (keys, _) = model.config, memory_keys_values[0]
     within = 2 * config.num_hidden_layers * config.num_key_value_heads * config.max_position_embeddings
     across = sum(part[0].numel() for pair in memory_keys_values for part in pair)
     states = 2 * config.num_memory_layers * config.num_memory_slots * config.hidden_size
-    return (within * config.head_dim + across + states) * keys.element_size()
+    kept = config.num_memory_layers * config.max_position_embeddings * config.hidden_size
+    kept = kept if config.memory_encoding == "decoder_in_passing" else 0
+    return (within * config.head_dim + across + states + kept) * keys.element_size()
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,43 +1,28 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """One conversation: a model, a tokenizer, a memory, and the log of what was written into it."""
 
-import asyncio
-import base64
 import contextlib
-import hashlib
-import json
 import os
 import threading
 from array import array
-from collections.abc import AsyncIterator, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList, TextStreamer
-from transformers.utils import logging
+from transformers import PreTrainedTokenizerFast, StoppingCriteriaList
 
-from .cache_rxt import PendingSTMCache, StateError, STMCache, as_stm_cache, check_fingerprint, write_atomically
+from .cache_rxt import PendingSTMCache, STMCache, as_stm_cache, check_fingerprint
 from .chat_template import refuse_unguarded
 from .generation_rxt import answer_mask
 from .modeling_rxt import RxTForCausalLM, refuse_unknown_memory
+from .session_log import Interaction, read_log, tokenizer_fingerprint, write_log
+from .streaming import AnswerStream, Cancel, Pieces
 
-logger = logging.get_logger(__name__)
-
-LOG_FORMAT = "rxt_hf.RxTSession"
-LOG_FORMAT_VERSION = 1
 MAX_ANSWER_TOKENS = 128
 # A query that leaves less than this of the context could be read, but not be answered.
 MIN_ANSWER_TOKENS = 16
-
-
-class _Interaction(NamedTuple):
-    query: str
-    answer: str
-    # four bytes a token: the log is all of a session that grows
-    token_ids: array
 
 
 class _State(NamedTuple):
@@ -45,7 +30,7 @@ class _State(NamedTuple):
 
     base: STMCache
     memory: STMCache
-    log: tuple[_Interaction, ...] = ()
+    log: tuple[Interaction, ...] = ()
     previous: STMCache | None = None
 
 
@@ -200,16 +185,7 @@ class RxTSession:
         """
         state = self._state
         state.memory.save(path)
-        log = {
-            "format": LOG_FORMAT,
-            "format_version": LOG_FORMAT_VERSION,
-            "tokenizer": tokenizer_fingerprint(self.tokenizer),
-            "base": base64.b64encode(_raw(state.base.states)).decode(),
-            "base_turns": int(state.base.turns[0]),
-            "turns": [[turn.query, turn.answer, turn.token_ids.tolist()] for turn in state.log],
-        }
-        log["checksum"] = _checksum(state.memory, log)
-        write_atomically(_log_path(path), json.dumps(log).encode())
+        write_log(path, state.memory, state.base, state.log, self.tokenizer)
 
     @classmethod
     def load(
@@ -231,13 +207,9 @@ class RxTSession:
         """
         memory = STMCache.load(path, model, model.device, allow_other_weights=allow_other_weights)
         session = cls(model, tokenizer, stm_cache=memory, **generate_defaults)
-        if (log := _read_log(_log_path(path), memory)) is not None:
-            found, expected = log["tokenizer"], tokenizer_fingerprint(tokenizer)
-            if found != expected:
-                raise StateError(
-                    f"{path} is refused: the fingerprint of the tokenizer is {found!r}, expected {expected!r}."
-                )
-            session._state = _State(_logged_base(log, memory), session.stm_cache, _logged_turns(log, model))
+        if (found := read_log(path, memory, model, tokenizer)) is not None:
+            base, turns = found
+            session._state = _State(base, session.stm_cache, turns)
         return session
 
     def __deepcopy__(self, memo: dict) -> "RxTSession":
@@ -328,11 +300,11 @@ class RxTSession:
         answer = _decode(self.tokenizer, token_ids[prompt.shape[1] :])
         if output.stm_cache is state.memory:
             return answer, state
-        return answer, _after_turn(state, output.stm_cache, _Interaction(text, answer, array("i", token_ids)))
+        return answer, _after_turn(state, output.stm_cache, Interaction(text, answer, array("i", token_ids)))
 
     def _stream(self, text: str, prompt: torch.Tensor, kwargs: dict[str, Any]) -> Generator[Future, None, None]:
         """Generates in a thread and yields what to wait for next, so that threads and event loops can wait alike."""
-        pieces, cancel = _Pieces(self.tokenizer), _Cancel()
+        pieces, cancel = Pieces(self.tokenizer), Cancel()
         criteria = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), cancel])
         kwargs = {**kwargs, "streamer": pieces, "stopping_criteria": criteria}
 
@@ -362,88 +334,9 @@ class RxTSession:
                 memory = self.model.update_memory(memory, input_ids, torch.ones_like(input_ids))
         return memory
 
-    def _replayed(self, log: tuple[_Interaction, ...]) -> _State:
+    def _replayed(self, log: tuple[Interaction, ...]) -> _State:
         base = self._state.base
         return _State(base, self._write(base, (turn.token_ids for turn in log)), log)
-
-
-class AnswerStream(Iterator[str], AsyncIterator[str]):
-    """
-    Iterator over the pieces of one answer, from [`RxTSession.stream`], for `for` or `async for`. Call `close` or
-    `aclose` (`contextlib.closing`, `contextlib.aclosing`) when you leave it early: a stream that is only dropped is
-    closed too, but then `async for` blocks its event loop for one token.
-    """
-
-    def __init__(self, arriving: Generator[Future, None, None]):
-        self._arriving = arriving
-
-    def __next__(self) -> str:
-        for future in self._arriving:
-            try:
-                piece = future.result()
-            except BaseException:
-                # the user's interrupt: it cancels the turn
-                self.close()
-                raise
-            if piece is not None:
-                return piece
-        raise StopIteration
-
-    async def __anext__(self) -> str:
-        for future in self._arriving:
-            try:
-                piece = await asyncio.shield(asyncio.wrap_future(future))
-            except asyncio.CancelledError:
-                await self.aclose()
-                raise
-            if piece is not None:
-                return piece
-        raise StopAsyncIteration
-
-    def close(self) -> None:
-        """Cancels a turn that has not ended; its thread has ended when this returns."""
-        self._arriving.close()
-
-    async def aclose(self) -> None:
-        """Cancels a turn like `close`, without blocking. Cancelling this wait does not save the turn."""
-        await asyncio.to_thread(self._arriving.close)
-
-
-class _Pieces(TextStreamer):
-    """Holds each piece of a growing answer as a future; `None` is the end of the turn, memory write included."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        self._futures: list[Future] = [Future()]
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self.append(text)
-
-    def append(self, piece: str | None) -> None:
-        self._futures.append(Future())
-        self._futures[-2].set_result(piece)
-
-    def arriving(self) -> Generator[Future, None, None]:
-        for future in self._futures:
-            yield future
-            if future.result() is None:
-                return
-
-
-class _Cancel(StoppingCriteria):
-    """Ends `generate` by an exception, so that a cancelled turn computes no memory write."""
-
-    def __init__(self) -> None:
-        self.requested = threading.Event()
-
-    def check(self) -> None:
-        if self.requested.is_set():
-            raise CancelledError("The turn was cancelled.")
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        self.check()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def send_batch(sessions: Sequence[RxTSession], texts: Sequence[str], **generate_kwargs: Any) -> list[str]:
@@ -498,7 +391,7 @@ def send_batch(sessions: Sequence[RxTSession], texts: Sequence[str], **generate_
                 # a row that went past its own limit, because others still spoke, is written again without the excess
                 is_cut = len(token_ids) < length
                 new = session._write(state.memory, [token_ids]) if is_cut else _row_of(output.stm_cache, row)
-                state = _after_turn(state, new, _Interaction(texts[row], answers[row], array("i", token_ids)))
+                state = _after_turn(state, new, Interaction(texts[row], answers[row], array("i", token_ids)))
             after.append(state)
         for session, state in zip(sessions, after, strict=True):
             session._state = state
@@ -555,14 +448,8 @@ class _PendingRow(PendingSTMCache):
         return batch is not None and batch.is_pending
 
 
-def _after_turn(state: _State, memory: STMCache, interaction: _Interaction) -> _State:
+def _after_turn(state: _State, memory: STMCache, interaction: Interaction) -> _State:
     return _State(state.base, memory, (*state.log, interaction), previous=state.memory)
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """A hash of the tokenizer's vocabulary and rules; what a call left as its padding and truncation is no part."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    return _sha256(json.dumps({**rules, "padding": None, "truncation": None}, sort_keys=True).encode())
 
 
 def _decode(tokenizer: PreTrainedTokenizerFast, token_ids: list[int]) -> str:
@@ -578,53 +465,6 @@ def _own_memory(model: RxTForCausalLM, stm_cache: STMCache | torch.Tensor | None
         if cache.fingerprint is not None:
             check_fingerprint("The memory", cache.fingerprint, expected)
         return STMCache(cache.states, cache.turns, expected).to(model.device).fork()
-
-
-def _log_path(path: str | os.PathLike) -> Path:
-    return Path(os.path.realpath(f"{os.path.realpath(path)}.json"))
-
-
-def _raw(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _sha256(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _checksum(memory: STMCache, log: dict[str, Any]) -> str:
-    return _sha256(_raw(memory.states), _raw(memory.turns), json.dumps(log, sort_keys=True).encode())
-
-
-def _read_log(path: Path, memory: STMCache) -> dict[str, Any] | None:
-    """Returns the log, or None if there is none that belongs to the memory."""
-    try:
-        log = json.loads(path.read_bytes())
-        if log.pop("checksum") == _checksum(memory, log):
-            return log
-        reason = "its checksum does not fit"
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {error}"
-    logger.warning(f"{path} is no log of the memory beside it ({reason}): undo and forget start from here.")
-    return None
-
-
-def _logged_base(log: dict[str, Any], memory: STMCache) -> STMCache:
-    raw = bytearray(base64.b64decode(log["base"]))
-    states = torch.frombuffer(raw, dtype=memory.dtype).reshape(memory.states.shape)
-    return memory.replace(states.to(memory.device), turns=log["base_turns"])
-
-
-def _logged_turns(log: dict[str, Any], model: RxTForCausalLM) -> tuple[_Interaction, ...]:
-    turns = tuple(_Interaction(query, answer, array("i", token_ids)) for query, answer, token_ids in log["turns"])
-    if any(not 0 <= token_id < model.config.vocab_size for turn in turns for token_id in turn.token_ids):
-        raise StateError("The log holds token ids outside the model's vocabulary.")
-    return turns
 
 
 __all__ = ["AnswerStream", "RxTSession", "send_batch", "tokenizer_fingerprint"]

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
 from jinja2 import TemplateError
@@ -60,91 +61,7 @@ ESCAPE = "\ufdd0"
 CUT = "\ufdd1\ufdd1"
 
 # The parts of a message are joined before they are escaped: "[" and "A]" are harmless, "[A]" is not.
-_TEMPLATE = r"""
-{%- set pieces = PIECES -%}
-{%- macro escape(text) -%}
-    {%- set said = namespace(text=text) -%}
-    {%- for first, spellings in ESCAPES if first in text -%}
-        {%- for spelling in spellings -%}
-            {%- set said.text = said.text | replace(spelling, first ~ 'ESCAPE' ~ spelling[1:]) -%}
-        {%- endfor -%}
-    {%- endfor -%}
-    {{- said.text -}}
-{%- endmacro -%}
-{%- macro text(content) -%}
-    {%- if content is string -%}
-        {{- escape(content) -}}
-    {%- elif content is defined and content is sequence and content is not mapping -%}
-        {%- for part in content if part is not mapping or part.type != 'text' or part.text is not string -%}
-            {{- raise_exception("An RxT reads text only: each part must be {'type': 'text', 'text': '...'}, got "
-                ~ ('one of the type ' ~ (part.type | string) if part is mapping else 'no mapping') ~ '.') -}}
-        {%- endfor -%}
-        {{- escape(content | map(attribute='text') | join) -}}
-    {%- else -%}
-        {{- raise_exception('The content of a message must be a string or a list of text parts.') -}}
-    {%- endif -%}
-{%- endmacro -%}
-{%- macro tool_call(function) -%}
-    {%- if function.name is not string -%}
-        {{- raise_exception('A tool call needs the name of a function, a string.') -}}
-    {%- endif -%}
-    {%- set given = function.arguments or {} -%}
-    {%- set arguments = given if given is string else given | tojson -%}
-    {{- pieces.tool_call -}}
-    {{- escape('{"name": ' ~ function.name | tojson ~ ', "arguments": ' ~ arguments ~ '}') -}}
-    {{- pieces.tool_call_end -}}
-{%- endmacro -%}
-{%- if tools or documents -%}
-    {{- raise_exception('One interaction has no place for tools and documents: '
-        ~ 'describe them once in a system message, which is written into the memory (stm_cache).') -}}
-{%- endif -%}
-{%- set has_instruction = (messages and messages[0].role == 'system') or false -%}
-{%- set turn = messages[1:] if has_instruction else messages -%}
-{%- set roles = messages | map(attribute='role') | list -%}
-{%- set turn_roles = roles[1:] if has_instruction else roles -%}
-{%- set is_instruction_alone = has_instruction and not turn -%}
-{%- set is_interaction = turn_roles in [['user'], ['tool'], ['user', 'assistant'], ['tool', 'assistant']] -%}
-{%- if not (is_interaction or is_instruction_alone) or (add_generation_prompt and turn | length != 1) -%}
-    {{- raise_exception('An RxT reads one interaction at a time: an optional system message, one user or tool '
-        ~ 'message, and the assistant message unless it is to be generated. Earlier turns live in the memory: '
-        ~ 'pass stm_cache instead of the history. Roles given: ' ~ (roles | join(', ') or 'none') ~ '.') -}}
-{%- endif -%}
-{%- set is_tool = turn_roles[:1] == ['tool'] -%}
-{%- if has_instruction -%}
-    {{- pieces.system -}}
-    {{- text(messages[0].content) -}}
-{%- endif -%}
-{%- if is_instruction_alone -%}
-    {{- pieces.system_end -}}
-{%- else -%}
-    {{- pieces[('system_' if has_instruction else '') ~ ('tool' if is_tool else 'query')] -}}
-    {{- text(turn[0].content) -}}
-    {%- if turn | length == 2 or add_generation_prompt -%}
-        {{- pieces.tool_end if is_tool else pieces.query_end -}}
-    {%- endif -%}
-    {%- if turn | length == 2 -%}
-        {%- set answer = turn[1] -%}
-        {%- set thoughts = answer.reasoning_content or answer.thinking -%}
-        {{- pieces.thinking if thoughts else pieces.answer -}}
-        {%- generation -%}
-            {%- if thoughts -%}
-                {{- text(thoughts) -}}
-                {{- pieces.thinking_end -}}
-            {%- else -%}
-                {{- pieces.answer_start -}}
-            {%- endif -%}
-            {%- if answer.content or not (thoughts or answer.tool_calls) -%}{{- text(answer.content) -}}{%- endif -%}
-            {%- for call in answer.tool_calls or [] -%}
-                {%- if answer.content or not loop.first -%}{{- pieces.tool_call_separator -}}{%- endif -%}
-                {{- tool_call(call.function or call) -}}
-            {%- endfor -%}
-            {{- pieces.end -}}
-        {%- endgeneration -%}
-    {%- elif add_generation_prompt -%}
-        {{- pieces.thinking if thinking else pieces.answer -}}
-    {%- endif -%}
-{%- endif -%}
-"""
+_TEMPLATE = (Path(__file__).parent / "templates" / "chat_template.jinja").read_text(encoding="utf-8")
 
 
 @lru_cache(maxsize=16)

@@ -4,7 +4,7 @@ The figures of `rxt_hf.evaluation.memory` for causal language models without a m
 masks: with the whole dialogue before a turn (as much of it as the model sees), or with the turn alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,29 +30,39 @@ def history_losses(model: Any, batch: Mapping[str, torch.Tensor], *, full_histor
     return F.cross_entropy(upcast(logits), labels[labels != -100], reduction="none")
 
 
-def history_probes(
-    model: Any, tokenizer: Any, dialogues: Dialogues, *, full_history: bool, max_new_tokens: int
-) -> dict[str, Any] | None:
-    """[`probe_scores`] of the dialogues' probes, each asked alone after the last interaction; None without probes."""
-    asked: list[Mapping[str, Any]] = []
-    prompts: list[list[int]] = []
-    for number, dialogue in enumerate(dialogues.episodes.dialogues):
-        history = [token for turn in dialogues.episodes[number]["input_ids"] for token in turn]
-        for probe in dialogue.get("probes") or []:
-            ((prompt, _),) = encode_turns(tokenizer, [{"query": probe["query"], "answer": None}])
-            asked.append(probe)
-            prompts.append([*history, *prompt] if full_history else prompt)
-    if not asked:
-        return None
+def answers_to(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
+    """The greedy answers of a model without a memory; prompts of about equal length are computed together."""
     answers: dict[int, str] = {}
-    # prompts of about equal length together
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), ROWS):
         chunk = order[start : start + ROWS]
         questions = [prompts[index] for index in chunk]
         said, _ = answer(model, tokenizer, questions, max_new_tokens=max_new_tokens, **GREEDY)
         answers |= zip(chunk, tokenizer.batch_decode(said, skip_special_tokens=True), strict=True)
-    return probe_scores(asked, [answers[index] for index in range(len(asked))])
+    return [answers[index] for index in range(len(prompts))]
+
+
+def history_probes(
+    model: Any,
+    tokenizer: Any,
+    dialogues: Dialogues,
+    *,
+    before: Callable[[Sequence[list[int]]], list[int]],
+    max_new_tokens: int,
+) -> dict[str, Any] | None:
+    """
+    [`probe_scores`] of the dialogues' probes, each asked alone after the last interaction; None without probes. What
+    stands before a probe is made of the turns of its dialogue by `before`.
+    """
+    asked: list[Mapping[str, Any]] = []
+    prompts: list[list[int]] = []
+    for number, dialogue in enumerate(dialogues.episodes.dialogues):
+        history = before(dialogues.episodes[number]["input_ids"])
+        for probe in dialogue.get("probes") or []:
+            ((prompt, _),) = encode_turns(tokenizer, [{"query": probe["query"], "answer": None}])
+            asked.append(probe)
+            prompts.append([*history, *prompt])
+    return probe_scores(asked, answers_to(model, tokenizer, prompts, max_new_tokens)) if asked else None
 
 
 @torch.no_grad()
@@ -62,6 +72,9 @@ def evaluate_history(
     """`answer_perplexity` and `recall_loss` as [`figures_of`] says, and `probes` as [`probe_scores`] does."""
     model.eval()
     figures = figures_of(partial(history_losses, model, full_history=full_history), dialogues)
-    return figures | {
-        "probes": history_probes(model, tokenizer, dialogues, full_history=full_history, max_new_tokens=max_new_tokens)
-    }
+
+    def before(turns: Sequence[list[int]]) -> list[int]:
+        return [token for ids in turns for token in ids] if full_history else []
+
+    asked = history_probes(model, tokenizer, dialogues, before=before, max_new_tokens=max_new_tokens)
+    return figures | {"probes": asked}

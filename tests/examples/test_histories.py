@@ -100,7 +100,8 @@ def test_probes_are_asked_after_the_history_and_each_alone(arm, tokenizer, dialo
 
     monkeypatch.setattr(model, "generate", spy)
     full_history = name != "current_turn"
-    found = history_probes(model, tokenizer, dialogues, full_history=full_history, max_new_tokens=4)
+    before = (lambda turns: [*chain(*turns)]) if full_history else (lambda turns: [])
+    found = history_probes(model, tokenizer, dialogues, before=before, max_new_tokens=4)
     assert found is not None and found["questions"] == 2 and set(found["exact_by_distance"]) == {"1", "3-4"}
     assert sorted("For 7 people." in prompt for prompt in asked) == [full_history] * 2
     assert sorted("Which table?" in prompt for prompt in asked) == [False, True]

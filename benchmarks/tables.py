@@ -467,10 +467,72 @@ def upcycling(report: Mapping[str, Any]) -> str:
                 if memory not in UPCYCLING_MEMORIES:
                     continue
                 recalled = [show(found["recalled"].get(distance, (None,))[0], 2) for distance in distances]
-                title = UPCYCLING_ARMS.get(arm, arm) + UPCYCLING_MEMORIES[memory]
+                title = upcycling_titles(arm, memory)
                 rows.append([title, *recalled, show(found["ordinary"][0], 2)])
         tables.append(markdown_table(head, *rows))
     return "\n\n".join(tables)
+
+
+def upcycling_titles(arm: str, memory: str) -> str:
+    return UPCYCLING_ARMS.get(arm, arm) + UPCYCLING_MEMORIES[memory]
+
+
+def upcycling_tasks(report: Mapping[str, Any]) -> str:
+    """Shares of the questions that were answered right: probes of dialogues, facts by turns; and text without them."""
+    tasks = report["tasks"]
+    asked = {name: tasks.get(name, {}) for name in ("probes", "facts", "text")}
+    sources = list(dict.fromkeys(name for arm in asked["probes"].values() for name in arm if " dialogues" in name))
+    turns = list(dict.fromkeys(name for arm in asked["facts"].values() for name in arm if name.isdigit()))
+    head = ["", *(f"probes, {source}" for source in sources), *(f"facts, {number} turns" for number in turns)]
+    rows = []
+    for arm in dict.fromkeys(name for found in asked.values() for name in found):
+        probes, facts = asked["probes"].get(arm, {}), asked["facts"].get(arm, {})
+        for memory in UPCYCLING_MEMORIES:
+            of_probes = [probes.get(source, {}).get(memory) for source in sources]
+            shares = [None if each is None else far_probes(each) for each in of_probes]
+            shares += [facts.get(number, {}).get(memory, {}).get("right") for number in turns]
+            if any(share is not None for share in shares):
+                text = asked["text"].get(arm, {}).get("perplexity") if memory in ("none", "cleared") else None
+                rows.append([upcycling_titles(arm, memory), *(show(share, 2) for share in shares), show(text, 2)])
+    return markdown_table([*head, "perplexity of plain text"], *rows)
+
+
+def upcycling_long(report: Mapping[str, Any]) -> str:
+    """Shares of right answers by tokens of the conversation, and of those that name a former value."""
+    arms = report["tasks"].get("long", {})
+    lengths = list(dict.fromkeys(name for arm in arms.values() for name in arm if name.isdigit()))
+    figures = [("needle", "right", "codes"), ("tracking", "right", "boxes"), ("tracking", "stale", "boxes, stale")]
+    rows = []
+    for arm, found in arms.items():
+        for memory in UPCYCLING_MEMORIES:
+            each = [
+                found.get(length, {}).get(task, {}).get(memory, {}).get(figure)
+                for task, figure, _ in figures
+                for length in lengths
+            ]
+            if any(share is not None for share in each):
+                rows.append([upcycling_titles(arm, memory), *(show(share, 2) for share in each)])
+    head = [f"{title}, {int(length):,} tokens" for _, _, title in figures for length in lengths]
+    return markdown_table(["", *head], *rows)
+
+
+def upcycling_cost(report: Mapping[str, Any]) -> str:
+    """CPU time and state of a turn, by tokens told before it, and how fast it decodes."""
+    rows = []
+    ways = {"memory": "", "kv_cache": ", language model with its KV cache", "re_read": ", language model re-reading"}
+    for arm, cost in report["tasks"].get("cost", {}).items():
+        for way, title in ways.items():
+            cells = []
+            for found in cost["turns"].values():
+                size = found["state_bytes"].get(way)
+                cells += [show(found["turn_cpu_s"][way], 2), "" if size is None else f"{size / 2**20:.1f}"]
+            shares = [cost["decode_share"][number] for number in ("1", "8")]
+            shares += [cost["write_share"][name] for name in ("in_passing", "apart")]
+            rows.append([arm + title, *cells, *(show(share, 2) if way == "memory" else "" for share in shares)])
+    lengths = list(dict.fromkeys(name for cost in report["tasks"].get("cost", {}).values() for name in cost["turns"]))
+    head = [text for length in lengths for text in (f"CPU s behind {int(length):,} tokens", "state, MiB")]
+    shares = ["decoding, share of the plain model's speed", "in a batch of 8"]
+    return markdown_table(["", *head, *shares, "write in passing, share of a turn", "apart"], *rows)
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -500,6 +562,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "dialogues-facts-first": lambda: both_sources(dialogues_table, load("dialogues_facts_first")),
     "dialogues-by-turn": lambda: both_sources(dialogues_by_turn, load("dialogues_facts_first")),
     "upcycling": lambda: upcycling(load("upcycling")),
+    "upcycling-tasks": lambda: upcycling_tasks(load("upcycling")),
+    "upcycling-long": lambda: upcycling_long(load("upcycling")),
+    "upcycling-cost": lambda: upcycling_cost(load("upcycling")),
     "options": lambda: options_table(load("options")),
 }
 FIGURES: dict[str, Callable[[], str]] = {

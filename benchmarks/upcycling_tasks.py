@@ -37,17 +37,15 @@ from demo.facts import contains_value, generate_dialogue
 from histories import answers_to, history_probes
 from torch.nn import functional as F
 from transformers.generation.streamers import BaseStreamer
+from upcycling import RESULTS, loaded
+from upcycling_baselines import tokens_between
 
-from rxt_hf.chat_template import source_pieces
 from rxt_hf.convert import convert_tokenizer, from_llm, load_adapted
-from rxt_hf.convert.smollm2 import load_smollm2
-from rxt_hf.convert.template import turn_pieces
 from rxt_hf.data.readers import encode_turns, read_episodes, read_jsonl, sampled
 from rxt_hf.evaluation.memory import Dialogues, probes
 from rxt_hf.evaluation.rollout import GREEDY, UNANSWERED, play, texts
 from rxt_hf.evaluation.speed import Turns, environment, interleaved, ratio
 
-RESULTS = Path(__file__).parent / "results" / "upcycling.json"
 MEASURES = ("probes", "facts", "long", "text", "cost")
 UNTRAINED = ("query_only", "full_history", "day_one")
 NEW_TOKENS = 24
@@ -68,7 +66,7 @@ class Arm(NamedTuple):
     tokenizer: Any
     has_memory: bool
     window: int | None = None
-    between: tuple[int, ...] = ()
+    between: Sequence[int] = ()
 
     @property
     def memories(self) -> tuple[str, ...]:
@@ -78,14 +76,6 @@ class Arm(NamedTuple):
         """What stands before the next turn, of the turns so far."""
         told = [token for ids in turns for token in (*ids, *self.between)]
         return told if self.window is None else told[max(0, len(told) - self.window) :]
-
-
-def tokens_between(source_tokenizer: Any, tokenizer: Any) -> tuple[int, ...]:
-    """What the language model's chat template says behind the end of a turn."""
-    if source_pieces(tokenizer) is None:
-        return ()
-    _, _, rest = turn_pieces(source_tokenizer).end.partition(tokenizer.eos_token)
-    return tuple(source_tokenizer(rest, add_special_tokens=False)["input_ids"])
 
 
 @contextmanager
@@ -323,15 +313,6 @@ def measure_cost(arm: Arm, options: argparse.Namespace, source: Any) -> dict[str
         history = (number - 1) * (QUERY_TOKENS + ANSWER_TOKENS)
         found["turns"][str(history)] = {"turn_cpu_s": seconds, "state_bytes": states}
     return found
-
-
-def loaded(base: str) -> tuple[Any, Any]:
-    """The language model and its tokenizer, from a folder or, as `smollm2`, from the pip package that holds it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if base == "smollm2":
-        return load_smollm2()
-    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(base)
 
 
 def arms(options: argparse.Namespace) -> Iterator[Arm]:

@@ -7,6 +7,7 @@ from random import Random
 import pytest
 import torch
 import upcycling_tasks as tasks
+from tables import far_probes, upcycling_cost, upcycling_long, upcycling_tasks
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -153,6 +154,13 @@ def test_measures_are_added_to_what_is_there(base, data, monkeypatch):
     assert found["probes"] == first["probes"]
     assert found["facts"]["full_history"]["6"].keys() == {"none"}
     assert found["long"]["day_one, 5 slots"]["150"]["tracking"]["own"]["questions"] == 6
+    report = {"tasks": found}
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in upcycling_tasks(report).splitlines()]
+    assert rows[0][2] == "facts, 6 turns" and rows[3][0] == "day_one, 5 slots, own memory"
+    probes = found["probes"]["day_one, 5 slots"]
+    assert far_probes(next(iter(probes.values()))["own"]) == pytest.approx(float(rows[3][1]), abs=0.005)
+    lines = upcycling_long(report).splitlines()
+    assert lines[2].startswith("| SmolLM2-135M-Instruct, the whole dialogue |") and len(lines) == 5
     # without a memory the converted model is the language model
     texts = [arm["perplexity"] for arm in found["text"].values()]
     assert texts[0] == texts[1] > 1
@@ -170,4 +178,10 @@ def test_cost_counts_what_is_added(base, data, monkeypatch):
     assert states["memory"] == 5 * 2 * 32 * 4 and states["kv_cache"] == 511 * 2 * 32 * 4
     assert all(0 < share < 1 for share in cost["write_share"].values())
     assert all(seconds > 0 for seconds in cost["turns"]["512"]["turn_cpu_s"].values())
+    lines = upcycling_cost({"tasks": {"cost": found}}).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| day_one, 5 slots",
+        "| day_one, 5 slots, language model with its KV cache",
+        "| day_one, 5 slots, language model re-reading",
+    ]
     assert set(cost["decode_share"]) == {"1", "8"} and min(cost["decode_share"].values()) > 0

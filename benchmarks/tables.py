@@ -562,9 +562,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "dialogues-facts-first": lambda: both_sources(dialogues_table, load("dialogues_facts_first")),
     "dialogues-by-turn": lambda: both_sources(dialogues_by_turn, load("dialogues_facts_first")),
     "upcycling": lambda: upcycling(load("upcycling")),
-    "upcycling-tasks": lambda: upcycling_tasks(load("upcycling")),
-    "upcycling-long": lambda: upcycling_long(load("upcycling")),
-    "upcycling-cost": lambda: upcycling_cost(load("upcycling")),
     "options": lambda: options_table(load("options")),
 }
 FIGURES: dict[str, Callable[[], str]] = {

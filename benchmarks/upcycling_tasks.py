@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import torch
 from demo.facts import contains_value, generate_dialogue
 from histories import answers_to, history_probes
+from tables import upcycling_cost, upcycling_long, upcycling_tasks
 from torch.nn import functional as F
 from transformers.generation.streamers import BaseStreamer
 from upcycling import RESULTS, loaded
@@ -46,7 +47,8 @@ from rxt_hf.evaluation.memory import Dialogues, probes
 from rxt_hf.evaluation.rollout import GREEDY, UNANSWERED, play, texts
 from rxt_hf.evaluation.speed import Turns, environment, interleaved, ratio
 
-MEASURES = ("probes", "facts", "long", "text", "cost")
+# the table that shows each measure
+TABLES = dict.fromkeys(("probes", "facts", "text"), upcycling_tasks) | {"long": upcycling_long, "cost": upcycling_cost}
 UNTRAINED = ("query_only", "full_history", "day_one")
 NEW_TOKENS = 24
 FACT_TURNS = (8, 32, 64)
@@ -351,7 +353,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--base", default="smollm2", help="folder of a language model, or smollm2")
     parser.add_argument("--data", nargs="+", required=True, help="folders with the split test; long takes the first")
     parser.add_argument("--text", help="JSONL file of rows with a text, for the measure text")
-    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=["probes", "facts", "long"])
+    parser.add_argument("--measures", nargs="+", choices=tuple(TABLES), default=["probes", "facts", "long"])
     parser.add_argument("--untrained", nargs="*", choices=UNTRAINED, default=[], help="arms that need no training")
     parser.add_argument("--upcycled", nargs="*", default=[], help="NAME=FOLDER of trained models with a memory")
     parser.add_argument("--baselines", nargs="*", default=[], help="NAME=FOLDER of trained models without one")
@@ -377,7 +379,7 @@ def main(argv: list[str] | None = None) -> None:
             report.setdefault("tasks", {}).setdefault(measure, {}).setdefault(arm.name, {}).update(figures)
             report["environment"] = environment("cpu")
             options.output.write_text(json.dumps(report, indent=1) + "\n")
-            print(arm.name, measure, json.dumps(figures), flush=True)
+            print(TABLES[measure](report), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -89,6 +90,25 @@ def test_32_clients_hear_what_each_would_hear_alone():
         answers = asyncio.run(all_of(url, calls))
         assert service.engine.steps < 0.5 * service.engine.tokens
     assert answers == [alone(script, 4) for script in scripts]
+
+
+def test_the_event_loop_is_woken_once_for_all_that_one_step_changes():
+    pytest.importorskip("fastapi", reason="the extra serve is not installed")
+    from rxt_hf.serving.service import Changes
+
+    wakes, changes = [], Changes()
+    loop = SimpleNamespace(call_soon_threadsafe=wakes.append)
+    jobs = [SimpleNamespace(changed=asyncio.Event()) for _ in range(3)]
+    for job in jobs:
+        changes.add(loop, job)
+    assert len(wakes) == 1 and not any(job.changed.is_set() for job in jobs)
+    wakes.pop()()
+    assert all(job.changed.is_set() for job in jobs)
+    # what changes from then on wakes it again
+    jobs[1].changed.clear()
+    changes.add(loop, jobs[1])
+    wakes.pop()()
+    assert jobs[1].changed.is_set() and not wakes
 
 
 @pytest.mark.parametrize(

@@ -94,15 +94,15 @@ class Turn:
 
     @property
     def is_done(self) -> bool:
-        """Whether the answer is complete and the memory written, or the turn failed."""
+        """Says whether the answer is complete and the memory written, or the turn failed."""
         return self._done.is_set()
 
     def cancel(self) -> None:
-        """The engine drops the turn before its next step; nothing is written."""
+        """Lets the engine drop the turn before its next step; nothing is written."""
         self._is_cancelled = True
 
     def take(self) -> str:
-        """The text since the last call; what could become a stop string is held back."""
+        """Returns the text since the last call; what could become a stop string is held back."""
         end = self._may_take
         piece, self._taken = self.text[self._taken : end], end
         return piece
@@ -303,7 +303,7 @@ class Engine:
 
     @property
     def is_running(self) -> bool:
-        """Whether turns are taken and answered."""
+        """Says whether turns are taken and answered."""
         return self._thread.is_alive() and not self._is_closing
 
     @property
@@ -389,7 +389,7 @@ class Engine:
         return not turn.is_done
 
     def _join(self, turns: list[Turn]) -> None:
-        """One right-padded prefill of new rows behind the active ones, and their first tokens."""
+        """Adds rows behind the active ones by one right-padded prefill, and takes their first tokens."""
         first, device = len(self._rows), self.model.device
         states = torch.cat([turn.memory.states for turn in turns])
         for pair, tables in zip(self.model.model.memory_keys_values(states), self._across, strict=True):
@@ -415,7 +415,7 @@ class Engine:
         self._take(first, logits)
 
     def _advance(self) -> None:
-        """One token of every active row."""
+        """Generates one token of every active row."""
         rows, device = self._rows, self.model.device
         # a compiled step is made for few shapes; the rows beyond the active ones compute what nobody reads
         count = min(self.max_rows, 1 << (len(rows) - 1).bit_length()) if self.compiles else len(rows)
@@ -573,14 +573,14 @@ class Engine:
 
 
 def _filled_layer(keys: torch.Tensor, values: torch.Tensor) -> Any:
-    """A layer of a cache that holds these keys and values, without a copy."""
+    """Returns a layer of a cache that holds these keys and values, without a copy."""
     layer: Any = DynamicLayer()
     layer.keys, layer.values, layer.is_initialized = keys, values, True
     return layer
 
 
 def sample(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """A token from logits of shape (vocab_size,), as `generate` draws it."""
+    """Draws a token from logits of shape (vocab_size,), as `generate` does."""
     scores = logits[None].float()
     if temperature != 1.0:
         scores = TemperatureLogitsWarper(temperature)(None, scores)
@@ -590,12 +590,12 @@ def sample(logits: torch.Tensor, temperature: float, top_p: float, generator: to
 
 
 def decode(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """The text of an answer."""
+    """Returns the text of an answer."""
     return str(tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 def end_token_ids(model: Any) -> frozenset[int]:
-    """The tokens that end an answer."""
+    """Returns the tokens that end an answer."""
     ends = model.generation_config.eos_token_id
     ends = model.config.eos_token_id if ends is None else ends
     return frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
@@ -616,7 +616,7 @@ def bytes_of_row(model: Any, memory_keys_values: Sequence[tuple[torch.Tensor, to
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of a device."""
+    """Returns the free memory of a device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,17 +1,21 @@
 # Copyright 2026 the rxt_hf authors. Licensed under the Apache License, Version 2.0.
 """Who may speak to the server, and how much: tokens, hosts, the size of a body, and the time that it takes."""
 
-import asyncio
 import contextlib
 import hashlib
 import hmac
 import ipaddress
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..data.files import read_text
+from .state import to_json
+
+try:
+    import anyio
+except ImportError as error:
+    raise ImportError(f"The server needs {error.name}: pip install 'rxt-hf[serve]'.") from None
 
 # shown to everybody: they say nothing of anybody
 OPEN_PATHS = ("/", "/page.js", "/health", "/ready", "/openapi.json")
@@ -42,6 +46,8 @@ def read_tokens(path: str | Path) -> dict[bytes, str]:
 
 def check_address(host: str, has_tokens: bool) -> None:
     """
+    Refuses to open the server to everybody.
+
     Raises: `ValueError` for an address that others can reach, if there are no tokens.
     """
     if not (has_tokens or is_loopback(host)):
@@ -58,7 +64,7 @@ def is_loopback(host: str) -> bool:
 
 
 def error_body(message: str, kind: str = "invalid_request_error", code: str | None = None, param: str | None = None):
-    """An error in OpenAI's shape."""
+    """Returns an error in OpenAI's shape."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -92,7 +98,9 @@ class Guard:
         scope["tenant"] = tenant
         limit = self.max_body(scope["path"])
         try:
-            body = await asyncio.wait_for(_read(headers, receive, limit), BODY_TIMEOUT_S)
+            # asyncio's own would make a task for every request
+            with anyio.fail_after(BODY_TIMEOUT_S):
+                body = await _read(headers, receive, limit)
         except TimeoutError:
             await _refuse(send, 408, error_body(f"The body did not come within {BODY_TIMEOUT_S:g} s."))
             return
@@ -112,7 +120,7 @@ class Guard:
 
 
 def _is_from_here(headers: dict[bytes, bytes]) -> bool:
-    """No page of another site, and no name that another site lets point here."""
+    """Tells this machine's own pages from those of other sites, and from names that these let point here."""
     host = headers.get(b"host", b"localhost").decode("latin-1")
     name = host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
     origin = headers.get(b"origin")
@@ -120,7 +128,7 @@ def _is_from_here(headers: dict[bytes, bytes]) -> bool:
 
 
 async def _read(headers: dict[bytes, bytes], receive: Any, limit: int) -> bytes | int | None:
-    """The body, or how much of it there was if it is too long, or `None` if the client has gone."""
+    """Returns the body, or how much of it there was if it is too long, or `None` if the client has gone."""
     announced = headers.get(b"content-length", b"0")
     if announced.isdigit() and int(announced) > limit:
         return int(announced)
@@ -152,7 +160,7 @@ def _once(body: bytes, receive: Any) -> Any:
 
 
 def impatient(protocol: Any, idle_s: float = 30.0) -> Any:
-    """A protocol class of uvicorn that closes connections which no request has come through for so long."""
+    """Returns a protocol class of uvicorn that closes connections which no request has come through for so long."""
 
     class ImpatientProtocol(protocol):
         def connection_made(self, transport: Any) -> None:
@@ -179,7 +187,7 @@ def impatient(protocol: Any, idle_s: float = 30.0) -> Any:
 
 
 async def _refuse(send: Any, status: int, body: dict[str, Any]) -> None:
-    content = json.dumps(body).encode()
+    content = to_json(body)
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(content)).encode()),

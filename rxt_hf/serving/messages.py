@@ -6,9 +6,13 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from transformers.utils import logging
+
 from ..chat_template import CUT, encode_prompt, source_pieces
 from ..session import MIN_ANSWER_TOKENS
 from .engine import decode
+
+logger = logging.get_logger(__name__)
 
 Message = dict[str, Any]
 _PLAIN = (["user"], ["user", "assistant"])
@@ -31,8 +35,20 @@ class RequestError(Exception):
         self.message, self.status, self.code, self.param, self.headers = message, status, code, param, headers or {}
 
 
+def known_error(error: Exception) -> RequestError:
+    """Returns what a client may know of an error: of one that nobody expected nothing of the inside."""
+    if isinstance(error, RequestError):
+        return error
+    logger.exception("A request has failed.", exc_info=error)
+    return RequestError("The server has failed; the memory is as before.", status=500, code="server_error")
+
+
+def not_found(key: str) -> RequestError:
+    return RequestError(f"There is no {key[:80]!r}.", status=404, code="not_found")
+
+
 def text_of(content: Any, param: str) -> str:
-    """The text of a string or of a list of text parts."""
+    """Returns the text of a string or of a list of text parts."""
     if isinstance(content, str):
         text = content
     elif isinstance(content, list):
@@ -50,7 +66,7 @@ def text_of(content: Any, param: str) -> str:
 
 
 def role_of(message: Message, param: str, has_tools: bool = True) -> str:
-    """The role of a message by its name here, whatever JSON a client gave as one."""
+    """Returns the role of a message by its name here, whatever JSON a client gave as one."""
     known = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
     if has_tools:
         known |= {"tool": "tool", "function": "tool"}
@@ -112,8 +128,8 @@ def from_chat(given: Sequence[Message]) -> list[Message]:
 
 def into_interactions(messages: Iterable[Message]) -> tuple[list[list[Message]], Message | None]:
     """
-    The finished interactions, and what is asked last and not answered yet. A system message is an interaction of its
-    own; what one side says in several messages is joined.
+    Returns the finished interactions, and what is asked last and not answered yet. A system message is an
+    interaction of its own; what one side says in several messages is joined.
     """
     finished: list[list[Message]] = []
     asked: Message | None = None
@@ -188,11 +204,11 @@ class Codec:
         return ids
 
     def interaction(self, messages: list[Message]) -> list[int]:
-        """A finished interaction, to be written."""
+        """Encodes a finished interaction, to be written."""
         return self._encode(messages, 0)
 
     def prompt(self, asked: Message, instructions: str | None, thinks: bool) -> tuple[list[int], list[int]]:
-        """The prompt, and what of it is written into the memory: without the instructions, which are of this turn."""
+        """Encodes the prompt, and what of it is written: without the instructions, which are of this turn."""
         kwargs = {"add_generation_prompt": True, "thinking": thinks}
         written = self._encode([asked], self._room, **kwargs)
         if instructions is None:
@@ -200,7 +216,7 @@ class Codec:
         return self._encode([{"role": "system", "content": instructions}, asked], self._room, **kwargs), written
 
     def answer(self, token_ids: Sequence[int], text: str, *, thinks: bool, has_tools: bool) -> Answer:
-        """`text` is that of all the tokens, cut before a stop string."""
+        """Tells thoughts, text and calls apart; `text` is that of all the tokens, cut before a stop string."""
         if not (thinks or has_tools):
             return Answer(text)
         ids, thoughts, cut = list(token_ids), "", 0
@@ -220,7 +236,7 @@ class Codec:
         return Answer(said, thoughts, tuple(call for call in calls if call is not None), cut)
 
     def _answer_in_text(self, ids: list[int], pieces: dict[str, str], thinks: bool, has_tools: bool) -> Answer:
-        """Of a model whose thinking and calls stand between words of its own template."""
+        """Does the same for a model whose thoughts and calls stand between words of its own template."""
         names = ("thinking_end", "tool_call", "tool_call_end")
         closed, opened, ended = (pieces[name].replace(CUT, "").strip() for name in names)
         said, thoughts, cut = decode(self.tokenizer, ids), "", 0
@@ -248,4 +264,14 @@ def _parse_call(text: str) -> dict[str, str] | None:
     return {"name": name, "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments)}
 
 
-__all__ = ["Answer", "Codec", "RequestError", "from_chat", "from_items", "into_interactions", "text_of"]
+__all__ = [
+    "Answer",
+    "Codec",
+    "RequestError",
+    "from_chat",
+    "from_items",
+    "into_interactions",
+    "known_error",
+    "not_found",
+    "text_of",
+]

@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ import torch
 
 from ..cache_rxt import StateError, STMCache
 from .engine import Engine, QueueFullError, Turn
-from .messages import Answer, Codec, Message, RequestError, into_interactions
+from .messages import Answer, Codec, Message, RequestError, into_interactions, not_found
 from .state import OtherWeightsError, Seal, pack, prefix_keys, unpack, unpack_about
 from .store import Record, StateStore
 
@@ -83,7 +83,7 @@ class Job:
     describe: Callable[[str], dict[str, Any]] | None = None
 
     async def pieces(self) -> AsyncIterator[str]:
-        """The text as it comes; ends with the turn, its memory written."""
+        """Yields the text as it comes; ends with the turn, its memory written."""
         while True:
             self.changed.clear()
             is_done = self.turn.is_done
@@ -94,7 +94,7 @@ class Job:
             await self.changed.wait()
 
     async def finish(self) -> Turn:
-        """The turn, once it has ended."""
+        """Returns the turn, once it has ended."""
         while not self.turn.is_done:
             self.changed.clear()
             if not self.turn.is_done:
@@ -105,9 +105,28 @@ class Job:
         self.turn.cancel()
 
 
-def new_id(kind: str) -> str:
-    """128 random bits: an id that is known was given."""
-    return f"{kind}_{secrets.token_hex(16)}"
+class Changes:
+    """
+    Tells the event loop which jobs have news. The engine changes many in one step: the loop is woken once for all that
+    it has not looked at yet.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: deque[Job] = deque()
+        self._is_told = False
+
+    def add(self, loop: asyncio.AbstractEventLoop, job: Job) -> None:
+        """Takes a job from any thread."""
+        self._jobs.append(job)
+        if not self._is_told:
+            self._is_told = True
+            loop.call_soon_threadsafe(self._tell)
+
+    def _tell(self) -> None:
+        # first, so that what is added from here on has a wake-up of its own
+        self._is_told = False
+        while self._jobs:
+            self._jobs.popleft().changed.set()
 
 
 class Service:
@@ -135,7 +154,7 @@ class Service:
         # turns by tenant, and those that `cancel` finds, by tenant and id
         self.load: Counter[str] = Counter()
         self.jobs: dict[tuple[str, str], Job] = {}
-        self._writes = asyncio.Semaphore(1)
+        self._writes, self._changes = asyncio.Semaphore(1), Changes()
         self.max_turns = settings.max_turns_per_tenant or self.engine.max_rows + self.engine.max_waiting
         config = model.config
         self.memory_bytes = self._initial().nbytes
@@ -143,7 +162,7 @@ class Service:
         self.bytes_per_token *= model.dtype.itemsize
 
     def _seal_keys(self) -> list[bytes]:
-        """The keys of all servers on this store; the first of them makes one."""
+        """Returns the keys of all servers on this store; the first of them makes one."""
         self.store.put([Record("", "seal", os.urandom(32))], ("", "seal", 0))
         found = self.store.get("", "seal")
         if found is None:
@@ -151,7 +170,7 @@ class Service:
         return [found[0]]
 
     async def call(self, method: Any, *args: Any) -> Any:
-        """A call of the store, in a thread if it may wait for a network."""
+        """Calls the store, in a thread if it may wait for a network."""
         return await asyncio.to_thread(method, *args) if self.store.is_remote else method(*args)
 
     def _initial(self) -> STMCache:
@@ -168,7 +187,7 @@ class Service:
         self, tenant: str, *, previous: str | None = None, conversation: str | None = None, sealed: str | None = None
     ) -> Base:
         """
-        The memory that a turn starts from: that of one of these, else the initial one.
+        Finds the memory that a turn starts from: that of one of these, else the initial one.
 
         Raises: [`RequestError`] if there is none (404), other weights wrote it (409), or two are given.
         """
@@ -188,7 +207,7 @@ class Service:
         return Base(about, memory, version if previous is None else None)
 
     async def load_state(self, tenant: str, key: str, kinds: Sequence[str]) -> tuple[dict[str, Any], STMCache, int]:
-        """What is kept under an id of one of these kinds."""
+        """Loads what is kept under an id of one of these kinds."""
         found = await self.call(self.store.get, tenant, key) if is_id(key, kinds) else None
         if found is None:
             raise not_found(key)
@@ -196,16 +215,21 @@ class Service:
         return about, memory, found[1]
 
     async def load_about(self, tenant: str, key: str, kind: str) -> tuple[dict[str, Any], int]:
-        """The same without the memory, whatever weights wrote it."""
+        """Loads the same without the memory, whatever weights wrote it."""
         found = await self.call(self.store.get, tenant, key) if is_id(key, (kind,)) else None
         if found is None:
             raise not_found(key)
         return unpack_about(found[0]), found[1]
 
+    async def delete(self, tenant: str, key: str, kind: str) -> None:
+        """Removes one state. Raises: [`RequestError`] if there is none."""
+        if not (is_id(key, (kind,)) and await self.call(self.store.delete, tenant, [key])):
+            raise not_found(key)
+
     def interactions(self, about: dict[str, Any], messages: Sequence[Message], tools: Any) -> tuple[list, Any]:
         """
-        What is to be written before the turn, and what is asked, if anything is. Tools that the memory has not heard
-        of are written as an instruction of their own. `about`, which goes with the memory, is changed.
+        Returns what is to be written before the turn, and what is asked, if anything is. Tools that the memory has
+        not heard of are written as an instruction of their own. `about`, which goes with the memory, is changed.
         """
         told = []
         if tools:
@@ -217,14 +241,19 @@ class Service:
         about["pending"] = []
         return told + finished, asked
 
-    async def replay(self, memory: STMCache, interactions: Sequence[list[Message]]) -> STMCache:
-        """The memory with these written into it, outside any turn."""
-        ids = [self.codec.interaction(each) for each in interactions]
-        if not ids:
-            return memory
-        async with self._writes:
-            written = await asyncio.to_thread(self.model.replay, memory.to(self.model.device), ids)
-        return STMCache(written.states, written.turns, self.fingerprint)
+    async def write(self, base: Base, messages: Sequence[Message]) -> int:
+        """
+        Writes finished interactions into a memory, outside any turn. What is not answered yet goes along with it, and
+        waits for the next turn. Returns the number of tokens that were written.
+        """
+        finished, asked = self.interactions(base.about, messages, None)
+        base.about["pending"] = [] if asked is None else [asked]
+        ids = [self.codec.interaction(each) for each in finished]
+        if ids:
+            async with self._writes:
+                written = await asyncio.to_thread(self.model.replay, base.memory.to(self.model.device), ids)
+            base.memory = STMCache(written.states, written.turns, self.fingerprint)
+        return sum(map(len, ids))
 
     def start(
         self,
@@ -266,12 +295,7 @@ class Service:
             timeout_s=self.settings.timeout_s,
         )
         job = Job(turn, thinks, has_tools, len(prompt) + sum(map(len, turn.replay)))
-        loop = asyncio.get_running_loop()
-
-        def notify() -> None:
-            loop.call_soon_threadsafe(job.changed.set)
-
-        turn.on_change = notify
+        turn.on_change = functools.partial(self._changes.add, asyncio.get_running_loop(), job)
         try:
             self.engine.submit(turn)
         except QueueFullError as error:
@@ -279,7 +303,7 @@ class Service:
         return job
 
     def temperature(self, given: float | None) -> float:
-        """What holds if the client says nothing: the model's own configuration."""
+        """Returns what is given, or the model's own."""
         if given is not None:
             return given
         config = self.model.generation_config
@@ -301,7 +325,7 @@ class Service:
 
     def answer(self, job: Job) -> Answer:
         """
-        What a finished turn says.
+        Reads what a finished turn says.
 
         Raises: [`RequestError`] for one that failed.
         """
@@ -342,7 +366,7 @@ class Service:
             await self.call(self.store.release, tenant, conversation, owner)
 
     async def check_room(self, tenant: str) -> None:
-        """Raises: [`RequestError`] (429) if the tenant keeps too much already."""
+        """Refuses (429) a tenant that keeps too much already."""
         usage = await self.call(self.store.usage, tenant)
         if usage.records >= self.settings.max_records_per_tenant:
             raise RequestError(
@@ -362,21 +386,21 @@ class Service:
             raise locked(conversation)
 
     def record(self, tenant: str, key: str, about: dict[str, Any], memory: STMCache | None, ttl: bool = True):
-        """The record of a state; `about` is told apart from what belongs to one response."""
+        """Packs the record of a state; `about` is told apart from what belongs to one response."""
         return Record(tenant, key, pack(about, memory), self.settings.ttl_s if ttl else None)
 
     def sealed(self, tenant: str, about: dict[str, Any], memory: STMCache) -> str:
-        """The memory as a client keeps it."""
+        """Seals a memory as a client keeps it."""
         return self.seal.seal(pack(about, memory), tenant, self.fingerprint)
 
     def chat_keys(self, interactions: Sequence[list[Message]]) -> list[str]:
-        """The keys of the memories after each of them."""
+        """Returns the keys of the memories after each of them."""
         return [f"chat_{key}" for key in prefix_keys(self.fingerprint, interactions)]
 
-    async def known_prefix(self, tenant: str, finished: Sequence[list[Message]]) -> tuple[Base, list[str]]:
+    async def known_prefix(self, tenant: str, finished: Sequence[list[Message]]) -> Base:
         """
-        The memory after the longest known beginning of a history, with the number of its interactions as
-        `about["known"]`, and the keys of all beginnings.
+        Returns the memory after the longest known beginning of a history, with the number of its interactions as
+        `about["known"]`.
         """
         keys = self.chat_keys(finished)
         versions = await self.call(self.store.head, tenant, keys) if keys else []
@@ -385,20 +409,20 @@ class Service:
                 # it may have gone since
                 found = await self.call(self.store.get, tenant, keys[index])
                 if found is not None:
-                    return Base({"known": index + 1}, self._unpack(found[0])[1]), keys
-        return Base({"known": 0}, self._initial()), keys
+                    return Base({"known": index + 1}, self._unpack(found[0])[1])
+        return Base({"known": 0}, self._initial())
 
     @functools.cached_property
     def _observer(self) -> Any:
-        """The same parameters under an attention that gives its weights, which the engine's does not."""
+        """Builds a model of the same parameters whose attention gives its weights, which the engine's does not."""
         twin = copy.deepcopy(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
         twin.set_attn_implementation("eager")
         return twin
 
     def reads(self, turn: Turn) -> list[list[float]] | None:
         """
-        How much of its attention to the memory the answer gave each slot of each layer, the mean over its tokens and
-        heads; `None` if the model's attention does not tell memory from tokens.
+        Computes how much of its attention to the memory the answer gave each slot of each layer, the mean over its
+        tokens and heads; `None` if the model's attention does not tell memory from tokens.
         """
         ids = torch.tensor([turn.prompt + turn.token_ids], device=self.model.device)
         with torch.no_grad():
@@ -410,7 +434,7 @@ class Service:
         return [weights[0, :, said].float().mean((0, 1)).tolist() for weights in output.cross_attentions]
 
     def shared(self, about: dict[str, Any]) -> dict[str, Any]:
-        """What a memory takes along into its next turn."""
+        """Returns what a memory takes along into its next turn."""
         return {name: about[name] for name in ("tools", "pending") if about.get(name)}
 
     async def sweep(self) -> None:
@@ -421,13 +445,9 @@ class Service:
 
 
 def is_id(key: str, kinds: Sequence[str]) -> bool:
-    """Whether a client's text is an id of one of these kinds, and nothing else."""
+    """Says whether a client's text is an id of one of these kinds, and nothing else."""
     rest = next((key[len(kind) :] for kind in kinds if key.startswith(kind)), "")
     return 0 < len(rest) <= 64 and rest.isascii() and rest.replace("-", "").isalnum()
-
-
-def not_found(key: str) -> RequestError:
-    return RequestError(f"There is no {key[:80]!r}.", status=404, code="not_found")
 
 
 def busy(message: str, seconds: int) -> RequestError:
@@ -444,4 +464,4 @@ def locked(conversation: str | None) -> RequestError:
     )
 
 
-__all__ = ["Base", "Job", "Service", "Settings", "new_id"]
+__all__ = ["Base", "Job", "Service", "Settings", "is_id"]

@@ -5,6 +5,7 @@ import base64
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,24 +17,33 @@ MAX_ABSOLUTE = 1e4
 KEY_BYTES, KEY_ID_BYTES, NONCE_BYTES = 32, 4, 12
 
 
+def new_id(kind: str) -> str:
+    """Returns an id with 128 random bits: one that is known was given."""
+    return f"{kind}_{secrets.token_hex(16)}"
+
+
+def to_json(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
 class OtherWeightsError(StateError):
     """A memory that other weights wrote: it means nothing to these."""
 
 
 def pack(about: dict[str, Any], memory: STMCache | None, dtype: Any = None) -> bytes:
-    """One value for the store: the length of a JSON object, the object, and the memory's bytes."""
-    head = json.dumps(about, separators=(",", ":")).encode()
+    """Packs one value for the store: the length of a JSON object, the object, and the memory's bytes."""
+    head = to_json(about)
     return len(head).to_bytes(4, "little") + head + (b"" if memory is None else memory.to_bytes(dtype))
 
 
 def unpack_about(value: bytes) -> dict[str, Any]:
-    """The JSON object alone."""
+    """Returns the JSON object alone."""
     return json.loads(value[4 : 4 + int.from_bytes(value[:4], "little")])
 
 
 def unpack(value: bytes, model: Any, fingerprint: str) -> tuple[dict[str, Any], STMCache]:
     """
-    What `pack` put together.
+    Takes apart what `pack` put together.
 
     Args:
         model: refuses a memory of another shape.
@@ -47,7 +57,7 @@ def unpack(value: bytes, model: Any, fingerprint: str) -> tuple[dict[str, Any], 
 
 def read_memory(data: bytes, model: Any, fingerprint: str) -> STMCache:
     """
-    One conversation's memory from the bytes of an `STMCache` file, of which nothing is trusted.
+    Reads one conversation's memory from the bytes of an `STMCache` file, of which nothing is trusted.
 
     Raises: [`OtherWeightsError`], and [`StateError`] for one that is damaged, of another shape, or has numbers that no
     model writes.
@@ -85,7 +95,7 @@ class Seal:
         return json.dumps(["rxt-state-1", tenant, fingerprint]).encode()
 
     def seal(self, value: bytes, tenant: str, fingerprint: str) -> str:
-        """The value as base64 text of key id, nonce and ciphertext."""
+        """Encrypts a value: base64 text of key id, nonce and ciphertext."""
         key_id, cipher = next(iter(self._ciphers.items()))
         nonce = os.urandom(NONCE_BYTES)
         sealed = cipher.encrypt(nonce, value, self._bound_to(tenant, fingerprint))
@@ -93,7 +103,7 @@ class Seal:
 
     def unseal(self, text: str, tenant: str, fingerprint: str) -> bytes:
         """
-        The value that `seal` got.
+        Returns the value that `seal` got.
 
         Raises: [`StateError`] for whatever is not exactly that. It does not say why: the reason would help a forger.
         """
@@ -111,7 +121,7 @@ class Seal:
 
 def prefix_keys(fingerprint: str, interactions: Iterable[Any]) -> list[str]:
     """
-    A name for the memory after each of the interactions (any JSON): a hash of the weights, of it, and of all before.
+    Names the memory after each of the interactions (any JSON): a hash of the weights, of it, and of all before.
     """
     digest, keys = hashlib.sha256(fingerprint.encode()).digest(), []
     for interaction in interactions:
@@ -120,4 +130,14 @@ def prefix_keys(fingerprint: str, interactions: Iterable[Any]) -> list[str]:
     return keys
 
 
-__all__ = ["OtherWeightsError", "Seal", "pack", "prefix_keys", "read_memory", "unpack", "unpack_about"]
+__all__ = [
+    "OtherWeightsError",
+    "Seal",
+    "new_id",
+    "pack",
+    "prefix_keys",
+    "read_memory",
+    "to_json",
+    "unpack",
+    "unpack_about",
+]

@@ -43,11 +43,11 @@ class StateStore(Protocol):
         ...
 
     def get(self, tenant: str, key: str) -> tuple[bytes, int] | None:
-        """The value and its version; the key counts as used now."""
+        """Returns the value and its version; the key counts as used now."""
         ...
 
     def head(self, tenant: str, keys: Sequence[str]) -> list[int]:
-        """The versions alone."""
+        """Returns the versions alone."""
         ...
 
     def delete(self, tenant: str, keys: Sequence[str]) -> int:
@@ -56,7 +56,7 @@ class StateStore(Protocol):
 
     def lease(self, tenant: str, key: str, owner: str, seconds: float) -> bool:
         """
-        Whether `owner` now has the key to itself for so long, among those that ask by `lease`; asking again renews.
+        Says whether `owner` now has the key to itself for so long, among those that ask here; asking again renews.
         """
         ...
 
@@ -69,7 +69,7 @@ class StateStore(Protocol):
         ...
 
     def usage(self, tenant: str | None = None) -> Usage:
-        """What is kept, by one tenant or by all; may count what has expired since the last sweep."""
+        """Counts what is kept, by one tenant or by all; may count what has expired since the last sweep."""
         ...
 
     def close(self) -> None:
@@ -364,8 +364,8 @@ class RedisStore:
 
 def open_store(url: str | None) -> StateStore:
     """
-    The store that a command line names: a file for SQLite, `redis://...` or `rediss://...`, and `memory` or nothing
-    for one that ends with the process.
+    Opens the store that a command line names: a file for SQLite, `redis://...` or `rediss://...`, and `memory` or
+    nothing for one that ends with the process.
 
     Raises: `ValueError` for another address.
     """

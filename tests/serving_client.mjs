@@ -19,6 +19,13 @@ const compacted = await client.responses.compact({ model, previous_response_id: 
 const sealed = [...compacted.output, { role: "user", content: question }];
 said.compacted = (await client.responses.create({ model, input: sealed, store: false })).output_text;
 
+const kept = { model, store: false, context_management: [{ type: "compaction" }] };
+const sealing = await client.responses.create({ ...kept, input: fact });
+said.sealed = sealing.output.map((item) => item.type);
+const going = await client.responses.create({ ...kept, input: [...sealing.output, { role: "user", content: question }] });
+said.opened = going.output_text;
+said.not_stored = await client.responses.retrieve(going.id).catch((error) => error.status);
+
 const running = client.responses.stream({ model, input: "Tell me a joke." });
 let cancelled;
 for await (const event of running) {
@@ -33,8 +40,12 @@ await client.responses.create({ model, input: fact, conversation: conversation.i
 said.conversation = (await client.responses.create({ model, input: question, conversation: conversation.id })).output_text;
 said.items = [];
 for await (const item of client.conversations.items.list(conversation.id, { order: "asc" })) said.items.push(item.content[0].text);
+const [last] = (await client.conversations.items.list(conversation.id)).data;
+said.item = (await client.conversations.items.retrieve(last.id, { conversation_id: conversation.id })).content[0].text;
+said.kept_item = await client.conversations.items.delete(last.id, { conversation_id: conversation.id }).catch((error) => error.status);
 await client.conversations.items.create(conversation.id, { items: [{ role: "system", content: "Be brief." }] });
 said.renamed = (await client.conversations.update(conversation.id, { metadata: { name: "cats" } })).metadata.name;
+said.name = (await client.conversations.retrieve(conversation.id)).metadata.name;
 said.conversation_deleted = (await client.conversations.delete(conversation.id)).deleted;
 
 const messages = [{ role: "user", content: fact }];

@@ -194,8 +194,7 @@ def test_library_knows_nothing_of_the_demos_world():
 
 
 # files that are over their limit still, and what leads out of it; a file that has shrunk is taken off
-TOO_LONG = {
-}
+TOO_LONG = {}
 
 
 def test_no_file_is_too_long_to_be_read_in_one_go():

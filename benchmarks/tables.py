@@ -458,7 +458,7 @@ def upcycling(report: Mapping[str, Any]) -> str:
     """Nats of recalled words, by turns since they were told, and of the other words, for each data set."""
     tables = []
     for data, arms in report["arms"].items():
-        distances = list(next(iter(arms["full_history"].values()))["recalled"])
+        distances = list(next(iter(next(iter(arms.values())).values()))["recalled"])
         turns = [f"{distance} turns" for distance in distances[1:]]
         head = [f"{data}; nats a token", "recalled", *turns, "other words"]
         rows = []
@@ -535,6 +535,28 @@ def upcycling_cost(report: Mapping[str, Any]) -> str:
     return markdown_table(["", *head, *shares, "write in passing, share of a turn", "apart"], *rows)
 
 
+def smollm2_facts(run: Mapping[str, Any]) -> str:
+    folder, slots = ROOT / "rxt_hf" / "demo_smollm2", run["conversion"]["num_memory_slots"]
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    # layers and width of SmolLM2-135M
+    states = slots * 30 * 576
+    return markdown_table(
+        ["", ""],
+        ["adapter and salience, bytes", f"{size:,}"],
+        ["memory of one conversation, bytes of float32", f"{4 * states:,}"],
+        ["training, CPU seconds of one core, with what it computes before", f"{run['cpu_seconds']:,.0f}"],
+        ["training, dialogues and kept turns", f"{run['data']['dialogues']:,} and {run['data']['turns']:,}"],
+        ["recalled tokens that the memory held when the salience was fitted", show(run["salience"]["held"])],
+    )
+
+
+def smollm2_training(run: Mapping[str, Any]) -> str:
+    parts = [[entry["loss"] for entry in run["losses"][start::1]][:1] for start in range(0, len(run["losses"]), 4)]
+    head = [f"step {run['losses'][start]['step']}" for start in range(0, len(run["losses"]), 4)]
+    losses = markdown_table(["", *head], ["loss", *(show(loss, 2) for (loss,) in parts)])
+    return f"```bash\n{run['command']}\n```\n\n{losses}"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "summary": summary,
     "recall": lambda: recall_by_turns(load("fact_recall")),
@@ -562,6 +584,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "dialogues-facts-first": lambda: both_sources(dialogues_table, load("dialogues_facts_first")),
     "dialogues-by-turn": lambda: both_sources(dialogues_by_turn, load("dialogues_facts_first")),
     "upcycling": lambda: upcycling(load("upcycling")),
+    "smollm2-facts": lambda: smollm2_facts(load("../../rxt_hf/demo_smollm2/run")),
+    "smollm2-training": lambda: smollm2_training(load("../../rxt_hf/demo_smollm2/run")),
     "options": lambda: options_table(load("options")),
 }
 FIGURES: dict[str, Callable[[], str]] = {

@@ -30,6 +30,7 @@ PLACES = {
     "RxTEpisodeCollator": "data.collator",
     "RxTPreTrainingCollator": "data.collator",
     "RxTSession": "session",
+    "SMOLLM2_DEMO": "convert.smollm2",
     "add_control_tokens": "chat_template",
     "convert_tokenizer": "convert",
     "encode_interactions": "chat_template",
@@ -43,6 +44,7 @@ PLACES = {
 }
 __all__ = [
     "DEMO",
+    "SMOLLM2_DEMO",
     "Episodes",
     "PreferenceArguments",
     "PreferenceTrainer",

@@ -104,7 +104,11 @@ def _switch(name: str, help: str) -> Any:
 
 Model = Annotated[
     str | None,
-    typer.Argument(metavar="MODEL", help="Model folder or Hub name (default: the demo).", show_default=False),
+    typer.Argument(
+        metavar="MODEL",
+        help="Model folder or Hub name, or smollm2 for the larger demo (default: the demo).",
+        show_default=False,
+    ),
 ]
 Seed = Annotated[
     int | None, _option("Seed of sampling and of a random initial memory (default: none).", "N", panel=LOADING)
@@ -145,6 +149,9 @@ def _rxt(
 @app.command(rich_help_panel=TALK)
 def chat(
     model: Model = None,
+    demo: Annotated[
+        Literal["tiny", "smollm2"] | None, _option("Which demo, if no MODEL is given (default: tiny).", "NAME")
+    ] = None,
     script: Annotated[str | None, _option("Read the user's lines from FILE; # starts a comment line.", "FILE")] = None,
     system: Annotated[str | None, _option("System prompt, written into the memory once.", "TEXT")] = None,
     memory: Memory = None,
@@ -160,6 +167,9 @@ def chat(
 
     # before the model is loaded: a misspelt name should not cost that wait
     lines = None if script is None else terminal_chat.script_lines(Path(script).expanduser())
+    if demo is not None and model is not None:
+        raise ValueError(f"Give a model or --demo, not both: got {model!r} and --demo {demo}.")
+    model = model if demo in (None, "tiny") else demo
     sampling = _sampling(temperature, top_p, max_new_tokens)
     loaded = _load_model(model, seed, device, dtype)
     session = _open_session(loaded, sampling, memory, system)
@@ -445,9 +455,6 @@ def bench(
     compile: Annotated[
         bool, _switch("--compile", "Time decoding with a static cache and torch.compile as well.")
     ] = False,
-    peer_shapes: Annotated[
-        bool, _switch("--peer-shapes", "Time the shapes that the authors' package was timed at, and nothing else.")
-    ] = False,
     repeats: Annotated[int, _option("Rounds; each plays every model once (default: 7).", "N", _count)] = 7,
     limit_s: Annotated[
         float, _option("Seconds after which no fourth or later round begins (default: 120).", "S")
@@ -471,8 +478,6 @@ def bench(
     for name, found, known in (("--size", [size], SIZES), ("--arms", options.arms, ARMS)):
         if unknown := [each for each in found if each not in known]:
             raise ValueError(f"{name} is {unknown[0]!r}, expected one of {', '.join(known)}.")
-    if peer_shapes:
-        from .evaluation.peer_shapes import run
     with _progress("Measuring"):
         tables = run(options)
     print(tables)
@@ -520,6 +525,10 @@ def _folder(model: str | None) -> str:
     path = Path(model).expanduser()
     if path.is_dir():
         return str(path)
+    if model == "smollm2":
+        from .convert.smollm2 import SMOLLM2_DEMO
+
+        return str(SMOLLM2_DEMO)
     # everything that is not spelled like owner/name on the Hub is a folder that is missing
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
         raise ValueError(f"There is no model folder {model!r}.")
@@ -542,9 +551,11 @@ def _target(text: str) -> Path:
 
 def _load_model(model: str | None, seed: int | None, device: str | None, dtype: str) -> tuple[Any, Any]:
     folder = _folder(model)
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
     from transformers.utils import logging
 
+    from .convert.smollm2 import SMOLLM2_DEMO, load_smollm2_demo
     from .loading import load_whole, refuse_adapter
 
     logging.set_verbosity_error()
@@ -553,6 +564,9 @@ def _load_model(model: str | None, seed: int | None, device: str | None, dtype: 
         set_seed(seed)
     place = _device(device)
     with _refused(f"Cannot load the model {folder!r}"), _progress("Loading"):
+        if folder == str(SMOLLM2_DEMO):
+            loaded, tokenizer = load_smollm2_demo()
+            return loaded.to(place, dtype=None if dtype == "auto" else getattr(torch, dtype)), tokenizer
         refuse_adapter(folder)
         model_type = AutoConfig.from_pretrained(folder).model_type
         if model_type != "rxt":

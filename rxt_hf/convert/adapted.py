@@ -4,6 +4,7 @@
 import copy
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,10 @@ def load_adapted(
     limit = min(source_tokenizer.model_max_length, source.config.max_position_embeddings)
     tokenizer = convert_tokenizer(source_tokenizer, max_length=limit)
     model = from_llm(source, tokenizer=tokenizer, **conversion | config_overrides)
-    merged: Any = PeftModel.from_pretrained(model, str(folder))
+    with warnings.catch_warnings():
+        # peft asks transformers by a former name
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+        merged: Any = PeftModel.from_pretrained(model, str(folder))
     return merged.merge_and_unload().eval(), tokenizer
 
 

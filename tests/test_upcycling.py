@@ -232,18 +232,24 @@ def test_salience_that_was_fitted_keeps_what_is_asked_for(source_tokenizer):
 
 
 @torch.no_grad()
-def test_autocast_changes_no_choice():
-    selection = converted().model.memory_selection
+def test_no_precision_and_no_batch_changes_a_choice():
+    """What one process writes, another writes that computes otherwise, given the same states."""
+    selection = from_llm(make_source(), num_memory_slots=200, memory_layers=[0, 2]).model.memory_selection
     generator = torch.Generator().manual_seed(1)
-    states = torch.randn(4, 2, 5, 32, generator=generator)
-    # so many that bfloat16 cannot tell the saliences of some apart
-    encoded = [torch.randn(4, 600, 32, generator=generator) for _ in range(2)]
     selection.weight.normal_(generator=generator)
-    found = [states] * 2
-    for index in range(2):
-        with torch.autocast("cpu", torch.bfloat16, enabled=index == 1):
-            found[index] = selection(states, encoded, torch.ones(4, 600, dtype=torch.bool))
-    assert torch.equal(*found)
+    # numbers that bfloat16 holds, and so many that it cannot tell the saliences of some apart
+    selection.bfloat16().float()
+    states = torch.randn(4, 2, 200, 32, generator=generator).bfloat16().float()
+    encoded = [torch.randn(4, 600, 32, generator=generator).bfloat16().float() for _ in range(2)]
+    mask = torch.ones(4, 600, dtype=torch.bool)
+    expected = selection(states, encoded, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(selection(states, encoded, mask), expected)
+    for row in range(4):
+        alone = selection(*(states[[row]], [part[[row]] for part in encoded], mask[[row]]))
+        assert torch.equal(alone, expected[[row]])
+    found = selection.bfloat16()(states.bfloat16(), [part.bfloat16() for part in encoded], mask)
+    assert found.dtype == torch.bfloat16 and torch.equal(found.float(), expected)
 
 
 def test_command_line_fits_the_salience_and_says_what_the_memory_held(source_tokenizer, folder, tmp_path, capsys):

@@ -207,7 +207,7 @@ def test_the_benchmark_measures_every_arm_beside_the_floor(benchmark, trained, c
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines][2:] == [
         "RxT, fixed-size memory",
-        "the same, another dialogue's memory",
+        "the same, memory shuffled",
         "the same, memory cleared",
         "Llama, full history, equal data",
         "a slot's most frequent value",

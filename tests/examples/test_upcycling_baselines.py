@@ -7,15 +7,16 @@ import sys
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 pytest.importorskip("peft")
 
 import upcycling
 import upcycling_baselines as baselines
+import upcycling_paper as paper
 
 from rxt_hf.chat_template import train_tokenizer
-from rxt_hf.convert import convert_tokenizer, from_llm
+from rxt_hf.convert import convert_tokenizer, from_llm, load_adapted
 from rxt_hf.data.readers import Episodes
 from rxt_hf.evaluation.memory import Dialogues
 
@@ -143,3 +144,49 @@ def test_history_is_what_stands_before_a_turn(told, history):
             before = before + said + [9]
     # autocast to bfloat16
     close(found, torch.stack(expected), 0.1)
+
+
+@torch.no_grad()
+def test_loss_of_the_papers_form_is_of_the_chosen_turns_behind_all_that_was_told(told, tmp_path):
+    source, _, tokenizer, turns = told
+    rows = paper.ToldEpisodes(turns)
+    assert len(rows) > 1 and sum(len(row["labels"]) for row in rows) <= 3 * len(DIALOGUES)
+    model = from_llm(source, tokenizer=tokenizer, num_memory_slots=5, **paper.PAPER)
+    # the gate of the cross-attention starts closed
+    randomize(model, seed=5)
+    total = weights = 0.0
+    for row in rows:
+        memory = model.init_stm(1)
+        for ids, labels, recalled in zip(row["input_ids"], row["labels"], row["is_recalled"], strict=True):
+            said = model(torch.tensor([ids]), stm_cache=memory).logits[0].log_softmax(-1)
+            for place in range(1, len(ids)):
+                if labels[place] != -100:
+                    weight = 3.0 if recalled[place] else 1.0
+                    total, weights = total - weight * said[place - 1, labels[place]].item(), weights + weight
+            memory = model.update_memory(memory, torch.tensor([ids]))
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False)
+    trainer = paper.EpisodeTrainer(model, args, train_dataset=rows)
+    trainer.recall_weight = 3.0
+    batch = paper.EpisodeCollator(tokenizer)(list(rows))
+    assert not batch["read_mask"].all() and any(any(map(any, row["is_recalled"])) for row in rows)
+    assert trainer.compute_loss(model, batch).item() == pytest.approx(total / weights, rel=1e-4)
+
+
+def test_the_papers_form_is_trained_as_a_whole_and_loads_as_any_other(source_folder, tmp_path):
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, DIALOGUES)))
+    out = tmp_path / "out"
+    paths = ["--model", str(source_folder), "--data", str(tmp_path), "--output_dir", str(out)]
+    steps = ["--max_steps", "3", "--warmup_steps", "0", "--logging_steps", "1", "--disable_tqdm", "True"]
+    paper.main([*paths, *steps, "--slots", "5", "--rounds", "1", "--per_device_train_batch_size", "2"])
+    base = baselines.load_source(str(source_folder))
+    model, tokenizer = load_adapted(*base, out)
+    report = json.loads((out / "run.json").read_text())
+    assert report["steps"] == 3 and len({entry["loss"] for entry in report["losses"]}) == 3
+    start = from_llm(base[0], tokenizer=tokenizer, **report["conversion"]).state_dict()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start[name])}
+    for part in ("memory_encoder.layers.0", "memory_attention.layers.0", "layers.0.memory_cross_attn", "mlp.up_proj"):
+        assert any(part in name for name in moved), part
+    assert "model.embed_tokens.weight" not in moved
+    dialogues = Dialogues(tokenizer, DIALOGUES, max_tokens=96)
+    found = upcycling.measured(model, dialogues, ["own", "cleared"])
+    assert found["own"]["recalled"] != found["cleared"]["recalled"]

@@ -6,10 +6,13 @@ from random import Random
 
 import pytest
 import torch
-import upcycling_tasks as tasks
 from tables import far_probes, upcycling_cost, upcycling_long, upcycling_tasks
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+pytest.importorskip("peft")
+
+import upcycling_tasks as tasks
 
 from rxt_hf.chat_template import train_tokenizer
 from rxt_hf.convert import convert_tokenizer, from_llm

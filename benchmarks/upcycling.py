@@ -81,13 +81,11 @@ def history_losses(
 
 
 def told_before(dialogues: Sequence[Mapping[str, Any]], number: int) -> list[dict[str, Any]]:
-    """Each dialogue behind `number` others, drawn at random, in which nothing is learned or recalled."""
+    """Each dialogue behind `number` others, drawn at random, of which no word counts as recalled."""
     rng, found = Random(0), []
     for index, dialogue in enumerate(dialogues):
         others = rng.sample([place for place in range(len(dialogues)) if place != index], number)
-        before = [
-            dict(turn) | {"recall": [], "weight": 0} for other in others for turn in dialogues[other]["interactions"]
-        ]
+        before = [dict(turn) | {"recall": []} for other in others for turn in dialogues[other]["interactions"]]
         found.append(dict(dialogue) | {"interactions": [*before, *dialogue["interactions"]]})
     return found
 

@@ -528,7 +528,7 @@ class Engine:
             memory.states.record_stream(reader)
 
         with torch.no_grad(), torch.cuda.stream(self._stream):
-            self._stream.wait_event(before)
+            torch.cuda.current_stream().wait_event(before)
             self._write_now(turns, settle)
 
     def _write_now(self, turns: list[Turn], settle: Callable[[STMCache], Any] | None = None) -> None:

@@ -11,18 +11,20 @@ measured. About 15 minutes on one core.
 
 import argparse
 import json
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import torch
-from demo.facts import generate_dialogue
-from demo.recall import FIRST_TEST_SEED, answer_perplexity, recall
+from demo.facts import ATTRIBUTES, contains_value, generate_dialogue, score_answer
+from demo.recall import FIRST_TEST_SEED, answer_perplexity, make_arm, recall
 from tables import demo_baselines, recall_by_turns
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import rxt_hf
 from rxt_hf.chat_template import encode_interactions
 from rxt_hf.data.collator import RxTEpisodeCollator
-from rxt_hf.evaluation.memory import effective_rank
+from rxt_hf.evaluation.memory import effective_rank, mean
 from rxt_hf.evaluation.speed import environment
 
 # turns of a dialogue, and how many dialogues give a few hundred questions
@@ -33,6 +35,8 @@ CASES += [("unseen", 8), ("unseen", 16), ("unseen", 32), ("open", 4), ("open", 8
 CASES += [("new", 4), ("new", 8), ("new", 16)]
 # in phrases that training never sees
 CASUAL_CASES = [("seen", turns) for turns in (8, 16, 32)]
+# every statement tells two or three facts, joined as training never sees
+INTRODUCTIONS = [("seen", turns) for turns in (8, 16)]
 
 
 def measure(model, tokenizer, share: float, *, full_history: bool = False, cases=CASES, memory="own", **mix) -> dict:
@@ -57,6 +61,44 @@ def measure(model, tokenizer, share: float, *, full_history: bool = False, cases
             for turns in (8, 16, 32, 64)
         }
     return result
+
+
+@torch.no_grad()
+def measure_foreign(model, tokenizer, turns: int, share: float) -> dict:
+    """
+    What becomes of things that no attribute is about, of kinds that training never sees: how many are refused, and
+    how many come back when all attributes are asked for after the dialogue.
+    """
+    number = max(2, int(DIALOGUES[turns] * share))
+    seeds = range(FIRST_TEST_SEED, FIRST_TEST_SEED + number)
+    dialogues = [generate_dialogue(s, split="seen", num_turns=turns, p_foreign=0.3)["interactions"] for s in seeds]
+    player, refused = make_arm(model, tokenizer), {"statements": [], "questions": []}
+    for turn in range(turns):
+        now = [dialogue[turn] for dialogue in dialogues]
+        for interaction, said in zip(now, player.answer([each["query"] for each in now], 32), strict=True):
+            if interaction["kind"] == "foreign":
+                kind = "statements" if interaction["value"] else "questions"
+                refused[kind].append(score_answer(interaction, said)["correct"])
+    memory, filed, right = player.stm_cache, set(), []
+    for name, attribute in ATTRIBUTES.items():
+        player.stm_cache = memory
+        answers = player.answer([attribute.questions[0]] * number, 32)
+        for row, (dialogue, said) in enumerate(zip(dialogues, answers, strict=True)):
+            told = [value for each in dialogue for key, value in told_facts(each) if key == name]
+            right.append(contains_value(said, told[-1]) if told else "not told me" in said)
+            values = {each["value"] for each in dialogue if each["kind"] == "foreign" and each["value"]}
+            filed |= {(row, value) for value in values - {*told} if contains_value(said, value)}
+    result = {"split": "seen", "turns": turns, "statements": len(refused["statements"])}
+    result |= {f"{kind}_refused": mean(found) for kind, found in refused.items()}
+    result |= {"filed": round(len(filed) / len(refused["statements"]), 4), "attributes_right": mean(right)}
+    print(f"  foreign {turns:3} turns  {result}", flush=True)
+    return result
+
+
+def told_facts(interaction: dict) -> list[tuple[str, str]]:
+    if interaction["kind"] not in ("state", "overwrite"):
+        return []
+    return [(interaction["attribute"], interaction["value"]), *interaction["also"]]
 
 
 def training(folder: str) -> dict:
@@ -88,17 +130,21 @@ def ranks(model, tokenizer, num_turns: int = 64, rows: int = 16) -> dict:
     return found
 
 
-def measure_rxt(folder: str, share: float) -> dict:
-    """The model with its own memory, and with a shuffled and a cleared one."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    model = load(folder)
-    arms = {"rxt": measure(model, tokenizer, share)}
-    arms["rxt"]["memory_bytes"] = model.init_stm(1).nbytes
-    arms["rxt"]["effective_rank_by_turn"] = ranks(model, tokenizer)
-    arms["casual"] = measure(model, tokenizer, share, cases=CASUAL_CASES, p_casual=1.0)
+def measure_rxt(folder: str, share: float, held: Collection[str]) -> dict:
+    """The model with its own memory, on several kinds of dialogues, and with a shuffled and a cleared one."""
+    tokenizer, model = PreTrainedTokenizerFast.from_pretrained(folder), load(folder)
+    play = partial(measure, model, tokenizer, share)
+    arms = {
+        "rxt": lambda: (
+            play() | {"memory_bytes": model.init_stm(1).nbytes, "effective_rank_by_turn": ranks(model, tokenizer)}
+        ),
+        "introductions": partial(play, cases=INTRODUCTIONS, p_introduction=1.0),
+        "foreign": lambda: {"recall": [measure_foreign(model, tokenizer, turns, share) for turns in (8, 16, 32)]},
+        "casual": partial(play, cases=CASUAL_CASES, p_casual=1.0),
+    }
     for memory in ("shuffled", "cleared"):
-        arms[memory] = measure(model, tokenizer, share, cases=[("seen", 8), ("seen", 32)], memory=memory)
-    return arms
+        arms[memory] = partial(play, cases=[("seen", 8), ("seen", 32)], memory=memory)
+    return {name: arm() for name, arm in arms.items() if name not in held}
 
 
 def load(folder: str):
@@ -118,8 +164,7 @@ def main() -> None:
     report = json.loads(path.read_text()) if path.exists() else {}
     report["environment"] = environment("cpu")
     report["share_of_dialogues"] = options.share
-    if "rxt" not in report:
-        report |= measure_rxt(options.model, options.share)
+    report |= measure_rxt(options.model, options.share, report)
     report["rxt"] |= training(options.model)
     for arm in ARMS:
         folder = getattr(options, arm)

@@ -76,8 +76,11 @@ def recall_by_turns(report: Mapping[str, Any]) -> str:
         ("names never seen in training", "rxt", "open", "recall"),
         ("jobs, towns, food ... never seen in training", "rxt", "new", "recall"),
         ("trained pairs, in phrases never seen in training", "casual", "seen", "recall"),
+        ("two or three facts told in a sentence", "introductions", "seen", "recall"),
         ("stale answers about overwritten facts", "rxt", "seen", "stale"),
         ('"You have not told me that yet." where it is due', "rxt", "seen", "abstention"),
+        ('"I cannot keep that." to kinds of things never trained', "foreign", "seen", "statements_refused"),
+        ("such things, filed under an attribute", "foreign", "seen", "filed"),
         ("with the memory shuffled", "shuffled", "seen", "recall"),
         ("with the memory cleared", "cleared", "seen", "recall"),
     ]

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import fact_recall
 import pytest
 import tables
 
@@ -87,3 +88,20 @@ def test_memory_in_fewer_bits_is_measured(tmp_path, monkeypatch, capsys):
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["arms"]) == {"float32", "int8 memory"} and report["environment"]["threads"]
     assert "| int8 memory |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("says", "refused", "filed"), [("everything", 0.0, 1.0), ("I cannot keep that.", 1.0, 0.0)])
+def test_things_without_a_place_are_looked_for_under_every_attribute(monkeypatch, says, refused, filed):
+    class Player:
+        def __init__(self, *_):
+            self.stm_cache = [""] * 4
+
+        def answer(self, queries, max_new_tokens):
+            self.stm_cache = [f"{heard} {query}" for heard, query in zip(self.stm_cache, queries, strict=True)]
+            return self.stm_cache if says == "everything" else [says] * len(queries)
+
+    monkeypatch.setattr(fact_recall, "make_arm", Player)
+    found = fact_recall.measure_foreign(None, None, 8, 0.02)
+    assert found["statements"] > 4
+    assert (found["statements_refused"], found["filed"]) == (refused, filed)
+    assert (found["attributes_right"] > 0) == (says == "everything")

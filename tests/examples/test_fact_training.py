@@ -13,7 +13,7 @@ from demo import train as fact_dialogues
 from demo.baselines import ARMS, build_model
 from demo.facts import ATTRIBUTES, HELD_OUT_PAIRS, OPEN_REAL_NAMES, VALUES, corpus_texts, generate_dialogue
 from demo.recall import FIRST_TEST_SEED
-from demo.train import FactDialogues, main
+from demo.train import MAX_TURN_TOKENS, FactDialogues, main
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
@@ -315,6 +315,15 @@ def test_learning_rate_falls_twice():
     assert factor(800) == pytest.approx(0.3)
     assert factor(1000) == pytest.approx(0.02)
     assert all(factor(step) > factor(step + 1) for step in range(100, 1000) if step != 799)
+
+
+def test_introductions_come_in_every_second_step_and_all_answers_there_count(tokenizer):
+    data = FactDialogues(tokenizer, 48, 64, skip=0.52, mix={"p_introduction": 0.6})
+    for step in range(4):
+        rows = [row for episode in data[step] for row in episode["labels"]]
+        counted = [any(token != -100 for token in row) for row in rows]
+        assert all(counted) == (step % 2 == 0)
+        assert (max(map(len, rows)) > MAX_TURN_TOKENS) == (step % 2 == 0)
 
 
 def test_a_skipped_share_of_the_curriculum_and_another_seed_give_other_dialogues(tokenizer, generated):

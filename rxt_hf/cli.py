@@ -455,6 +455,9 @@ def bench(
     compile: Annotated[
         bool, _switch("--compile", "Time decoding with a static cache and torch.compile as well.")
     ] = False,
+    peer_shapes: Annotated[
+        bool, _switch("--peer-shapes", "Time the shapes that the authors' package was timed at, and nothing else.")
+    ] = False,
     repeats: Annotated[int, _option("Rounds; each plays every model once (default: 7).", "N", _count)] = 7,
     limit_s: Annotated[
         float, _option("Seconds after which no fourth or later round begins (default: 120).", "S")
@@ -478,6 +481,8 @@ def bench(
     for name, found, known in (("--size", [size], SIZES), ("--arms", options.arms, ARMS)):
         if unknown := [each for each in found if each not in known]:
             raise ValueError(f"{name} is {unknown[0]!r}, expected one of {', '.join(known)}.")
+    if peer_shapes:
+        from .evaluation.peer_shapes import run
     with _progress("Measuring"):
         tables = run(options)
     print(tables)

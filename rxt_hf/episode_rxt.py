@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import slice_logits_to_keep
 
 from .cache_rxt import STMCache
+from .layers_rxt import project
 
 
 class RxTEpisodeMixin:
@@ -159,7 +160,7 @@ class RxTCausalEpisodeMixin:
         outputs = self.model(**inputs, **kwargs)
         hidden_states, read_mask = outputs.last_hidden_state, inputs["read_mask"]
         # the last tokens of every turn
-        logits = self.lm_head(slice_logits_to_keep(hidden_states.flatten(0, -3), logits_to_keep))
+        logits = project(self.lm_head, slice_logits_to_keep(hidden_states.flatten(0, -3), logits_to_keep), False)
         logits = logits.unflatten(0, hidden_states.shape[:-2])
         loss = aux_loss = None
         if labels is not None:
@@ -203,7 +204,7 @@ class RxTCausalEpisodeMixin:
         targets = labels[:, 1:]
         is_target = targets != -100
         return self.loss_function(
-            logits=self.lm_head(hidden_states[:, :-1][is_target].unsqueeze(0)),
+            logits=project(self.lm_head, hidden_states[:, :-1][is_target].unsqueeze(0), False),
             labels=None,
             shift_labels=targets[is_target].unsqueeze(0),
             vocab_size=self.config.vocab_size,

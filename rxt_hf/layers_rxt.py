@@ -34,6 +34,66 @@ def upcast(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
+def suits_onednn(states: torch.Tensor, weight: torch.Tensor) -> bool:
+    """
+    Returns whether oneDNN is to compute a product of float32 matrices on a CPU. There `F.linear` calls MKL, which on
+    processors of other makers than its own is half as fast; small products cost less without the detour.
+    """
+    return (
+        states.device.type == "cpu"
+        and states.dtype == weight.dtype == torch.float32
+        and states.numel() * len(weight) > 2**21
+        and type(weight) in (nn.Parameter, torch.Tensor)
+        and type(states) is torch.Tensor
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkl.is_available()
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"))
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns what `F.linear` does, but for rounding, by the faster kernel."""
+    if not suits_onednn(states, weight):
+        return F.linear(states, weight, bias)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (states, weight, bias)):
+        return OneDNNLinear.apply(states, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+
+
+class OneDNNLinear(torch.autograd.Function):
+    """`F.linear` by oneDNN, whose own operator has no gradient."""
+
+    @staticmethod
+    def forward(ctx, states, weight, bias):
+        ctx.save_for_backward(states, weight)
+        return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, gradient):
+        states, weight = ctx.saved_tensors
+        of_states, of_weight, of_bias = ctx.needs_input_grad
+        rows = gradient.flatten(0, -2)
+        return (
+            linear(gradient, weight.t()) if of_states else None,
+            linear(rows.t(), states.flatten(0, -2).t()) if of_weight else None,
+            rows.sum(0) if of_bias else None,
+        )
+
+
+def project(module: nn.Module, states: torch.Tensor, in_memory: bool) -> torch.Tensor:
+    """
+    Returns `module(states)`, of linear layers in training and `in_memory` by the faster kernel. A decoder keeps the
+    kernel of other language models otherwise: converted from one, it computes the same bits.
+    """
+    is_plain = type(module) is nn.Linear and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module)
+    )
+    if is_plain and (in_memory or module.training):
+        return linear(states, module.weight, module.bias)
+    return module(states)
+
+
 class RxTRMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -181,6 +241,7 @@ class RxTAttention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.in_memory = role.startswith(("memory_", "interlayer_"))
         self.head_dim = config.head_dim
         num_heads = getattr(config, f"{role}num_attention_heads")
         num_key_value_heads = getattr(config, f"{role}num_key_value_heads")
@@ -199,16 +260,16 @@ class RxTAttention(nn.Module):
         self.k_norm = RxTRMSNorm(self.head_dim, config.rms_norm_eps) if use_qk_norm else None
 
     def queries(self, hidden_states, position_embeddings=None):
-        states = self.q_proj(hidden_states).view(*hidden_states.shape[:-1], -1, self.head_dim)
+        states = project(self.q_proj, hidden_states, self.in_memory).view(*hidden_states.shape[:-1], -1, self.head_dim)
         states = (states if self.q_norm is None else self.q_norm(states)).transpose(1, 2)
         return states if position_embeddings is None else rotate(states, position_embeddings)
 
     def keys_values(self, hidden_states, position_embeddings=None):
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        keys = self.k_proj(hidden_states).view(shape)
+        keys = project(self.k_proj, hidden_states, self.in_memory).view(shape)
         keys = (keys if self.k_norm is None else self.k_norm(keys)).transpose(1, 2)
         keys = keys if position_embeddings is None else rotate(keys, position_embeddings)
-        return keys, self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        return keys, project(self.v_proj, hidden_states, self.in_memory).view(shape).transpose(1, 2)
 
     def attention_interface(self, queries, attention_mask) -> Callable:
         return ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -228,10 +289,10 @@ class RxTAttention(nn.Module):
         )
         output = output.reshape(*hidden_states.shape[:-1], -1).contiguous()
         if self.gate_proj is not None:
-            output = output * torch.sigmoid(self.gate_proj(hidden_states))
+            output = output * torch.sigmoid(project(self.gate_proj, hidden_states, self.in_memory))
         if self.head_gate is not None:
             output = output * torch.tanh(self.head_gate).repeat_interleave(self.head_dim)
-        return self.o_proj(output), weights
+        return project(self.o_proj, output, self.in_memory), weights
 
     def forward(self, hidden_states, key_value_states=None, attention_mask=None, position_embeddings=None):
         """Bidirectional attention over `key_value_states`, by default over `hidden_states` themselves."""
@@ -243,15 +304,17 @@ class RxTAttention(nn.Module):
 
 
 class RxTMLP(nn.Module):
-    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str, bias: bool):
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str, bias: bool, in_memory: bool = False):
         super().__init__()
+        self.in_memory = in_memory
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=bias)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
         self.act_fn = ACT2FN[hidden_act]
 
     def forward(self, hidden_states):
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        gate = self.act_fn(project(self.gate_proj, hidden_states, self.in_memory))
+        return project(self.down_proj, gate * project(self.up_proj, hidden_states, self.in_memory), self.in_memory)
 
 
 def positions_in_interaction(attention_mask, inputs_embeds, cache=None) -> torch.Tensor:

@@ -66,7 +66,11 @@ class RxTMemoryEncoderLayer(GradientCheckpointingLayer):
         )
         self.post_attention_layernorm = RxTRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = RxTMLP(
-            config.hidden_size, config.memory_encoder_intermediate_size, config.hidden_act, config.mlp_bias
+            config.hidden_size,
+            config.memory_encoder_intermediate_size,
+            config.hidden_act,
+            config.mlp_bias,
+            in_memory=True,
         )
 
     def forward(self, hidden_states, attention_mask=None, position_embeddings=None):
@@ -164,12 +168,13 @@ class RxTResidualGate(nn.Module):
     def forward(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         if self.activation == "none":
             return (upcast(old) + upcast(new)).to(old.dtype)
-        logits = upcast(self.logits(old, new))
+        dtype, logits = old.dtype, self.logits(old, new)
+        old = upcast(old)
+        logits, new = logits.to(old.dtype), new.to(old.dtype)
         if self.activation == "sigmoid":
-            keep, write = torch.sigmoid(-logits), torch.sigmoid(logits)
-        else:
-            keep, write = 1.0 - torch.tanh(logits), 1.0 + torch.tanh(logits)
-        return (keep * upcast(old) + write * upcast(new)).to(old.dtype)
+            return torch.lerp(old, new, torch.sigmoid(logits)).to(dtype)
+        share = torch.tanh(logits)
+        return torch.addcmul((1.0 - share) * old, 1.0 + share, new).to(dtype)
 
 
 class RxTMemoryAttentionLayer(GradientCheckpointingLayer):

@@ -55,8 +55,10 @@ from .layers_rxt import (
     RxTRotaryEmbedding,
     RxTZeroLinear,
     check_mask_shape,
+    linear,
     one_query_attention,
     positions_in_interaction,
+    project,
     rotary_tables,
     upcast,
     warn_beyond_positions,
@@ -210,8 +212,8 @@ class RxTExperts(nn.Module):
             biases = (None, None)
             if self.has_bias:
                 biases = (self.gate_up_proj_bias[expert], self.down_proj_bias[expert])
-            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert], biases[0]).chunk(2, dim=-1)
-            update = F.linear(self.act_fn(gate) * up, self.down_proj[expert], biases[1])
+            gate, up = linear(hidden_states[token], self.gate_up_proj[expert], biases[0]).chunk(2, dim=-1)
+            update = linear(self.act_fn(gate) * up, self.down_proj[expert], biases[1])
             output.index_add_(0, token, (update * top_k_weights[token, choice, None]).to(output.dtype))
         return output
 
@@ -604,6 +606,8 @@ class RxTModel(RxTPreTrainedModel, RxTEpisodeMixin):
                 encoder_hidden_states=encoded[0][0][:, 0],
             )
         new_states = self.memory_attention(states, encoded, mask, varlen)
+        if not torch.compiler.is_compiling() and active.all():
+            return new_states
         return torch.where(active[:, None, None, None], new_states, states)
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -883,6 +887,11 @@ def as_bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
+def is_finite(states: torch.Tensor) -> bool:
+    """Returns whether all numbers are finite. Their sum is, unless one is not or the sum itself overflows."""
+    return bool(torch.isfinite(states.detach().sum()) or torch.isfinite(states).all())
+
+
 @contextlib.contextmanager
 def nothing_recorded():
     """Keeps layers that run here out of the hidden states, attentions and router logits that a forward returns."""
@@ -1014,7 +1023,7 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTCausalEpisodeMix
             if attention_mask is None:
                 attention_mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
             states = self.model.write_layer_inputs(old.states, layer_inputs, attention_mask)
-        if not torch.isfinite(states).all():
+        if not is_finite(states):
             raise StateError("The memory update produced values that are not finite; the old memory is unchanged.")
         written = 1 if attention_mask is None else attention_mask.any(-1).to(old.turns)
         return old.replace(states, turns=old.turns + written)
@@ -1046,7 +1055,7 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTCausalEpisodeMix
             input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).unsqueeze(0)
             mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).unsqueeze(0)
             _, states = self.model.read_states(self.model.embed_tokens(input_ids), mask, mask, states)
-        if not torch.isfinite(states).all():
+        if not is_finite(states):
             raise StateError("The replay produced values that are not finite; the old memory is unchanged.")
         return old.replace(states.clone() if states is old.states else states, turns=old.turns + len(interactions))
 
@@ -1139,7 +1148,7 @@ class RxTForCausalLM(RxTPreTrainedModel, RxTGenerationMixin, RxTCausalEpisodeMix
             check_mask_shape(attention_mask, tokens.unsqueeze(-1), None)
             return RxTCausalLMOutputWithPast(**self.episode_fields(inputs, labels, logits_to_keep, **kwargs))
         outputs = self.model(position_ids=position_ids, use_cache=use_cache, **inputs, **kwargs)
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = project(self.lm_head, slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep), False)
         loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

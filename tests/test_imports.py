@@ -41,7 +41,7 @@ BELOW: dict[str, set[str]] = {
     "cache_rxt": {"fingerprint_rxt", "memory_file_rxt"},
     "data": {"chat_template"},
     "layers_rxt": {"configuration_rxt"},
-    "episode_rxt": {"cache_rxt"},
+    "episode_rxt": {"cache_rxt", "layers_rxt"},
     "generation_rxt": {"cache_rxt"},
     "losses_rxt": {"layers_rxt"},
     "memory_rxt": {"layers_rxt"},

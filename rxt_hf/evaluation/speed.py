@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -256,11 +257,16 @@ def count_flops(function: Callable[[], Any]) -> tuple[int, Any]:
         # the scores once more, and the gradients of weights, values, queries and keys: five products for two
         return attention(query, key, value) * 5 // 2
 
-    # the one kernel of scaled_dot_product_attention that PyTorch's table lacks
-    mapping = {
+    def product(states: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+        return 2 * prod(states) * weight[0]
+
+    # the kernels that PyTorch's table lacks
+    mapping: dict[Any, Any] = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
     }
+    if torch.backends.mkldnn.is_available():
+        mapping[torch.ops.mkldnn._linear_pointwise] = product
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         result = function()
     return counter.get_total_flops(), result
@@ -363,12 +369,17 @@ def flat_ratios(turns: Turns, rounds: int, limit_s: float) -> dict[str, float]:
     }
 
 
-def measure_decode(turns: Turns, rounds: int, limit_s: float, *, compiled: bool) -> dict[str, float]:
-    """Tokens per second after the first token, RxT against the Llama that reads the same query."""
+def compiled_decoding() -> dict[str, Any]:
+    """The arguments with which `generate` compiles the step."""
     compile_config = CompileConfig(dynamic=False)
     # elsewhere than on an accelerator generate compiles only if told so
     compile_config._compile_all_devices = True
-    kwargs = {"cache_implementation": "static", "compile_config": compile_config} if compiled else {}
+    return {"cache_implementation": "static", "compile_config": compile_config}
+
+
+def measure_decode(turns: Turns, rounds: int, limit_s: float, *, compiled: bool) -> dict[str, float]:
+    """Tokens per second after the first token, RxT against the Llama that reads the same query."""
+    kwargs = compiled_decoding() if compiled else {}
     options = {"rxt": {**kwargs, "update_memory": False}, "current_turn": kwargs}
     cells = {arm: partial(turns.play, arm, min(turns.memories), **options[arm]) for arm in options}
     # the second turn is the first that compiles nothing
@@ -511,7 +522,7 @@ def plot(report: dict[str, Any], path: str | os.PathLike) -> None:
     figure.savefig(path, dpi=120)
 
 
-def run(options: SimpleNamespace) -> str:
+def run(options: SimpleNamespace, measure: Callable = bench, tables: Callable = markdown) -> str:
     """Measures what `rxt bench` does, writes its files and returns its tables."""
     # a missing package or folder should not cost the wait for the report
     if options.plot is not None:
@@ -519,8 +530,8 @@ def run(options: SimpleNamespace) -> str:
     for path in filter(None, (options.output, options.plot)):
         if not Path(path).absolute().parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    report = bench(options)
+    report = measure(options)
     Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
     if options.plot is not None:
         plot(report, options.plot)
-    return markdown(report)
+    return tables(report)

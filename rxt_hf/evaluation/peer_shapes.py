@@ -74,7 +74,7 @@ TRAINING = (8, 4, 128)
 # The smallest and largest figure of some runs, both packages in turn on one core, in the units of `UNITS`: tokens per
 # second of decoding, milliseconds of a write, seconds of a training step. Another core gives other figures, so what is
 # compared between machines is the quotient of the two.
-PEER = {
+PEER: dict[str, Any] = {
     "package": "rxlm 0.3.80",
     "source": "side by side with version 0.1.0 of this package, one thread, CPU time, float32",
     "figures": {

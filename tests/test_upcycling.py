@@ -428,7 +428,7 @@ def test_recipe_trains_and_what_it_saves_is_the_model(recipe, source_folder, fol
     assert report["conversion"] == {"num_memory_slots": 7, "memory_encoding": "decoder_in_passing"}
     assert set(report["salience"]) == {"candidates", "recalled", "held"}
     assert report["command"].startswith("python examples/upcycling/train.py --model")
-    assert not (whole / "turns").exists()
+    assert not any((whole / "turns").iterdir())
 
     source = recipe.load_source(str(source_folder))
     model, tokenizer = load_adapted(*source, whole)

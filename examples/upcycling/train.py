@@ -349,13 +349,14 @@ def main(argv: list[str] | None = None) -> None:
     salience = fit_salience(model, episodes, topics=options.topics, seed=args.seed)
     torch.manual_seed(args.seed)
     with_adapter = adapted(model, tokenizer, options)
-    turns = Path(options.cache or folder / "turns")
-    if checkpoint is None and args.process_index == 0:
+    # of each process its own
+    turns = Path(options.cache or folder / "turns") / str(args.process_index)
+    if checkpoint is None:
         shutil.rmtree(turns, ignore_errors=True)
     data = ToldTurns(
         with_adapter.get_base_model(),
         episodes,
-        turns / str(args.process_index),
+        turns,
         args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         rounds=options.rounds,
         topics=options.topics,
@@ -369,6 +370,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     trainer.recall_weight = options.recall_weight
     trainer.train(resume_from_checkpoint=checkpoint)
+    shutil.rmtree(turns)
     if not trainer.is_world_process_zero():
         return
     base_model = "HuggingFaceTB/SmolLM2-135M-Instruct" if options.model == "smollm2" else Path(options.model).name
@@ -385,7 +387,6 @@ def main(argv: list[str] | None = None) -> None:
         "losses": [entry for entry in trainer.state.log_history if "loss" in entry],
     }
     save_adapted(trainer.accelerator.unwrap_model(trainer.model), folder, report)
-    shutil.rmtree(turns, ignore_errors=True)
     if options.merge is not None:
         merged, tokenizer = load_adapted(*load_source(options.model), folder)
         card = model_card(merged, Path(options.merge).name, base_model=base_model)

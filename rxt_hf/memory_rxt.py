@@ -168,13 +168,12 @@ class RxTResidualGate(nn.Module):
     def forward(self, old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         if self.activation == "none":
             return (upcast(old) + upcast(new)).to(old.dtype)
-        dtype, logits = old.dtype, self.logits(old, new)
-        old = upcast(old)
-        logits, new = logits.to(old.dtype), new.to(old.dtype)
+        logits = upcast(self.logits(old, new))
         if self.activation == "sigmoid":
-            return torch.lerp(old, new, torch.sigmoid(logits)).to(dtype)
-        share = torch.tanh(logits)
-        return torch.addcmul((1.0 - share) * old, 1.0 + share, new).to(dtype)
+            keep, write = torch.sigmoid(-logits), torch.sigmoid(logits)
+        else:
+            keep, write = 1.0 - torch.tanh(logits), 1.0 + torch.tanh(logits)
+        return (keep * upcast(old) + write * upcast(new)).to(old.dtype)
 
 
 class RxTMemoryAttentionLayer(GradientCheckpointingLayer):

@@ -91,6 +91,9 @@ def test_two_checkouts_take_turns(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "Side", Side)
     monkeypatch.setattr(script, "commit", str)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    # which the script replaces by modules of its own
+    for name in ("speed", "peer_shapes"):
+        monkeypatch.setitem(sys.modules, f"rxt_hf.evaluation.{name}", sys.modules[f"rxt_hf.evaluation.{name}"])
     file = tmp_path / "found.json"
     script.main(["--before", "old", "--shapes", "micro", "--repeats", "2", "--output", str(file)])
     found = json.loads(file.read_text())["shapes"]["micro"]

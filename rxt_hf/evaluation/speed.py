@@ -522,16 +522,16 @@ def plot(report: dict[str, Any], path: str | os.PathLike) -> None:
     figure.savefig(path, dpi=120)
 
 
-def run(options: SimpleNamespace, measure: Callable = bench, tables: Callable = markdown) -> str:
-    """Measures what `rxt bench` does, writes its files and returns its tables."""
+def run(options: SimpleNamespace, measure: Callable | None = None, tables: Callable | None = None) -> str:
+    """Measures what `rxt bench` does, or something else, writes its files and returns its tables."""
     # a missing package or folder should not cost the wait for the report
     if options.plot is not None:
         pyplot()
     for path in filter(None, (options.output, options.plot)):
         if not Path(path).absolute().parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    report = measure(options)
+    report = (measure or bench)(options)
     Path(options.output).write_text(json.dumps(report, indent=1) + "\n")
     if options.plot is not None:
         plot(report, options.plot)
-    return tables(report)
+    return (tables or markdown)(report)

@@ -587,6 +587,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "dialogues-facts-first": lambda: both_sources(dialogues_table, load("dialogues_facts_first")),
     "dialogues-by-turn": lambda: both_sources(dialogues_by_turn, load("dialogues_facts_first")),
     "upcycling": lambda: upcycling(load("upcycling")),
+    "upcycling-cost": lambda: upcycling_cost(load("upcycling")),
     "smollm2-facts": lambda: smollm2_facts(load("../../rxt_hf/demo_smollm2/run")),
     "smollm2-training": lambda: smollm2_training(load("../../rxt_hf/demo_smollm2/run")),
     "options": lambda: options_table(load("options")),

@@ -554,9 +554,9 @@ def smollm2_facts(run: Mapping[str, Any]) -> str:
 
 
 def smollm2_training(run: Mapping[str, Any]) -> str:
-    parts = [[entry["loss"] for entry in run["losses"][start::1]][:1] for start in range(0, len(run["losses"]), 4)]
-    head = [f"step {run['losses'][start]['step']}" for start in range(0, len(run["losses"]), 4)]
-    losses = markdown_table(["", *head], ["loss", *(show(loss, 2) for (loss,) in parts)])
+    entries = run["losses"][::4]
+    head = [f"step {entry['step']}" for entry in entries]
+    losses = markdown_table(["", *head], ["loss", *(show(entry["loss"], 2) for entry in entries)])
     return f"```bash\n{run['command']}\n```\n\n{losses}"
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers.trainer_utils import get_last_checkpoint
@@ -99,6 +100,14 @@ class Texts(Dataset):
         return self.rows[index]
 
 
+def told_turns(base: tuple[Any, Any], options: UpcyclingArguments, folder: Path, seed: int) -> ToldTurns:
+    """Which turns the recipe tells and keeps. No memory is computed."""
+    episodes = Episodes(base[1], read_dialogues(options), max_tokens=options.tokens)
+    model = from_llm(base[0], tokenizer=base[1], num_memory_slots=options.slots)
+    which = {name: getattr(options, name) for name in ("rounds", "topics", "ordinary_share")}
+    return ToldTurns(model, episodes, folder, 1, seed=seed, **which)
+
+
 class TextTrainer(UpcyclingTrainer):
     """The same loss of a model that reads text."""
 
@@ -117,13 +126,10 @@ def main(argv: list[str] | None = None) -> None:
     budget = CpuBudget(folder, options.cpu_seconds)
     source, source_tokenizer = load_source(options.model)
     tokenizer = convert_tokenizer(source_tokenizer, max_length=source.config.max_position_embeddings)
-    episodes = Episodes(tokenizer, read_dialogues(options), max_tokens=options.tokens)
-    # only says which turns are told and kept: nothing is written
-    model = from_llm(source, tokenizer=tokenizer, num_memory_slots=options.slots)
-    which = {name: getattr(options, name) for name in ("rounds", "topics", "ordinary_share")}
-    told = ToldTurns(model, episodes, folder, 1, seed=args.seed, **which)
-    lora: Any = adapter_config(model, tokenizer, r=options.rank, lora_alpha=2 * options.rank)
+    told = told_turns((source, tokenizer), options, folder, args.seed)
+    lora: Any = adapter_config(told.model, tokenizer, r=options.rank, lora_alpha=2 * options.rank)
     fields = {"target_modules": lora.target_modules, "r": lora.r, "lora_alpha": lora.lora_alpha}
+    torch.manual_seed(args.seed)
     adapted = get_peft_model(source, LoraConfig(task_type="CAUSAL_LM", **fields))
     rows = Texts(told, tokens_between(source_tokenizer, tokenizer), options)
     trainer = TextTrainer(

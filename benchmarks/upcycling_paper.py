@@ -22,11 +22,10 @@ import torch
 from peft import get_peft_model
 from torch.utils.data import Dataset
 from transformers.trainer_utils import get_last_checkpoint
-from upcycling_baselines import RECIPE, ToldTurns, UpcyclingArguments, UpcyclingTrainer, load_source, read_dialogues
+from upcycling_baselines import RECIPE, ToldTurns, UpcyclingArguments, UpcyclingTrainer, load_source, told_turns
 
 from rxt_hf import RxTEpisodeCollator
 from rxt_hf.convert import adapter_config, convert_tokenizer, from_llm, save_adapted
-from rxt_hf.data.readers import Episodes
 from rxt_hf.evaluation.speed import environment
 from rxt_hf.training.loop import CpuBudget, parse
 
@@ -84,11 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     budget = CpuBudget(folder, options.cpu_seconds)
     source, source_tokenizer = load_source(options.model)
     tokenizer = convert_tokenizer(source_tokenizer, max_length=source.config.max_position_embeddings)
-    episodes = Episodes(tokenizer, read_dialogues(options), max_tokens=options.tokens)
-    # only says which turns are told and kept: nothing is written
-    chosen = from_llm(source, tokenizer=tokenizer, num_memory_slots=options.slots)
-    which = {name: getattr(options, name) for name in ("rounds", "topics", "ordinary_share")}
-    rows = ToldEpisodes(ToldTurns(chosen, episodes, folder, 1, seed=args.seed, **which))
+    rows = ToldEpisodes(told_turns((source, tokenizer), options, folder, args.seed))
     layers = list(range(0, source.config.num_hidden_layers, LAYER_STEP))
     conversion = {"num_memory_slots": options.slots, "memory_layers": layers, **PAPER}
     torch.manual_seed(args.seed)

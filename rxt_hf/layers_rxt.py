@@ -86,12 +86,12 @@ def project(module: nn.Module, states: torch.Tensor, in_memory: bool) -> torch.T
     Returns `module(states)`, of linear layers in training and `in_memory` by the faster kernel. A decoder keeps the
     kernel of other language models otherwise: converted from one, it computes the same bits.
     """
-    is_plain = type(module) is nn.Linear and not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module)
-    )
-    if is_plain and (in_memory or module.training):
-        return linear(states, module.weight, module.bias)
-    return module(states)
+    # a decoder that answers pays for no more than this look
+    if not (in_memory or module.training) or type(module) is not nn.Linear:
+        return module(states)
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
+        return module(states)
+    return linear(states, module.weight, module.bias)
 
 
 class RxTRMSNorm(nn.Module):
